@@ -1,0 +1,129 @@
+"""Sizes of a model, the pattern of its layers, and its parameter counts by formula-free means.
+
+Symbols of the paper: n sequence length, m `chunk_length`, k `num_neighbors`,
+r `retrieved_length`, d `d_model`, d' `encoder_d_model`, L `num_layers`,
+P `cca_layers`, L_enc `encoder_layers`, P_enc `encoder_cross_attention_layers`.
+The arrays themselves live in the modules beside this file.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+
+_DTYPES = ('float32', 'bfloat16')
+_REMAT = ('none', 'dots', 'full')
+
+
+@dataclasses.dataclass(frozen=True)
+class RetroConfig:
+  """One RETRO model, or, with `cca_layers=()`, its baseline without retrieval.
+
+  Attributes:
+    vocab_size: V, rows of the embedding table (128,000 in the paper).
+    d_model: d, width of the decoder.
+    num_layers: L.
+    num_heads, head_dim: of every attention in the decoder, CCA included.
+    d_ff: width of the feed-forward layer; 0 means 4 d, as in the paper.
+    chunk_length: m, tokens to a chunk.
+    num_neighbors: k in training; any k can be used in evaluation.
+    retrieved_length: r, tokens to a neighbour with its continuation; 0 means 2 m.
+    cca_layers: P, 1-indexed layers with chunked cross-attention; () is the baseline.
+    encoder_*: the same for the neighbour encoder; `encoder_d_ff=0` means 4 d'.
+    encoder_cross_attention_layers: P_enc, 1-indexed.
+    share_embeddings: one table for decoder and encoder (needs d = d').
+    dtype: of activations and matrix products; parameters, softmax and loss are float32.
+    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
+      products), 'full' (everything inside a layer).
+  """
+  vocab_size: int = 128_000
+  d_model: int = 896
+  num_layers: int = 12
+  num_heads: int = 16
+  head_dim: int = 64
+  d_ff: int = 0
+  chunk_length: int = 64
+  num_neighbors: int = 2
+  retrieved_length: int = 0
+  cca_layers: Sequence[int] = (6, 9, 12)
+  encoder_d_model: int = 896
+  encoder_layers: int = 2
+  encoder_heads: int = 16
+  encoder_head_dim: int = 64
+  encoder_d_ff: int = 0
+  encoder_cross_attention_layers: Sequence[int] = (1,)
+  share_embeddings: bool = False
+  dtype: str = 'float32'
+  remat: str = 'none'
+
+  def __post_init__(self):
+    fill = lambda name, value: object.__setattr__(self, name, value)
+    fill('cca_layers', tuple(self.cca_layers))
+    fill('encoder_cross_attention_layers', tuple(self.encoder_cross_attention_layers))
+    fill('d_ff', self.d_ff or 4 * self.d_model)
+    fill('encoder_d_ff', self.encoder_d_ff or 4 * self.encoder_d_model)
+    fill('retrieved_length', self.retrieved_length or 2 * self.chunk_length)
+    self._check()
+
+  def _check(self) -> None:
+    for field in ('vocab_size', 'd_model', 'num_layers', 'num_heads', 'head_dim', 'chunk_length',
+                  'num_neighbors', 'encoder_d_model', 'encoder_layers', 'encoder_heads'):
+      if getattr(self, field) < 1:
+        raise ValueError(f'RetroConfig.{field} = {getattr(self, field)}, expected at least 1')
+    for field, top in (('cca_layers', self.num_layers),
+                       ('encoder_cross_attention_layers', self.encoder_layers)):
+      layers = getattr(self, field)
+      if list(layers) != sorted(set(layers)) or any(not 1 <= p <= top for p in layers):
+        raise ValueError(f'RetroConfig.{field} = {layers}, expected rising layer numbers from 1 to {top}')
+    if self.d_model % 2 or self.encoder_d_model % 2:
+      raise ValueError('RetroConfig: widths must be even (sine and cosine halves of the positions)')
+    if self.share_embeddings and self.cca_layers and self.d_model != self.encoder_d_model:
+      raise ValueError(f'RetroConfig.share_embeddings needs d_model = encoder_d_model, '
+                       f'got {self.d_model} and {self.encoder_d_model}')
+    if self.dtype not in _DTYPES:
+      raise ValueError(f'RetroConfig.dtype = {self.dtype!r}, expected one of {_DTYPES}')
+    if self.remat not in _REMAT:
+      raise ValueError(f'RetroConfig.remat = {self.remat!r}, expected one of {_REMAT}')
+
+  @property
+  def compute_dtype(self):
+    return jnp.dtype(self.dtype)
+
+  @property
+  def has_retrieval(self) -> bool:
+    return bool(self.cca_layers)
+
+  def baseline(self) -> 'RetroConfig':
+    """The same decoder without retrieval."""
+    return dataclasses.replace(self, cca_layers=())
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+  """How the decoder's L layers are grouped so that equal groups can be scanned.
+
+  Attributes:
+    prefix: number of LM layers before the first RETRO layer (all layers, in a baseline).
+    has_entry: whether a RETRO layer min(P) follows; the encoder runs inside it.
+    periods: (number of LM layers before each RETRO layer, how often this repeats).
+    tail: number of LM layers after the last RETRO layer.
+  """
+  prefix: int
+  has_entry: bool
+  periods: tuple[tuple[int, int], ...]
+  tail: int
+
+
+def layer_plan(config: RetroConfig) -> LayerPlan:
+  """Groups layers 1..L by the gaps between the layers of P."""
+  if not config.cca_layers:
+    return LayerPlan(prefix=config.num_layers, has_entry=False, periods=(), tail=0)
+  periods: list[tuple[int, int]] = []
+  for before, after in zip(config.cca_layers, config.cca_layers[1:]):
+    lm_layers = after - before - 1
+    if periods and periods[-1][0] == lm_layers:
+      periods[-1] = (lm_layers, periods[-1][1] + 1)
+    else:
+      periods.append((lm_layers, 1))
+  return LayerPlan(prefix=config.cca_layers[0] - 1, has_entry=True, periods=tuple(periods),
+                   tail=config.num_layers - config.cca_layers[-1])

@@ -1,0 +1,140 @@
+"""The decoder: RETRO and LM layers of equation 2 in the pattern P, scanned where it repeats.
+
+Algorithm 1 asks for the neighbours to be encoded inside layer min(P), after its
+self-attention; the decoder is handed a function for that and keeps the result for every
+later CCA. Embeddings and READ are in retro.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.models.attention import RelativeAttention
+from retro_jax.models.chunked_cross_attention import ChunkedCrossAttention
+from retro_jax.models.config import RetroConfig, layer_plan
+from retro_jax.models.layers import FeedForward, RMSNorm
+
+Array = jax.Array
+# E and the mask of who may read it, or None with retrieval off.
+Encoded = tuple[Array, Array] | None
+
+_REMAT_POLICIES = {
+    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    'full': jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class SelfAttention(nnx.Module):
+  """ATTN: causal, residual, pre-norm, inside one document."""
+
+  def __init__(self, config: RetroConfig, *, output_scale: float, rngs: nnx.Rngs):
+    self.norm = RMSNorm(config.d_model, rngs=rngs)
+    self.attention = RelativeAttention(config.d_model, config.d_model, config.num_heads,
+                                       config.head_dim, output_scale=output_scale, rngs=rngs)
+
+  def __call__(self, h: Array, mask: Array) -> Array:
+    """h [b, n, d], mask bool [b, n, n] -> [b, n, d]."""
+    normed = self.norm(h)
+    return h + self.attention(normed, normed, mask, causal=True)
+
+
+class DecoderLayer(nnx.Module):
+  """LM(H) = FFW(ATTN(H)), or with `retro` RETRO(H, E) = FFW(CCA(ATTN(H), E))."""
+
+  def __init__(self, config: RetroConfig, *, retro: bool, rngs: nnx.Rngs):
+    scale = (2 * config.num_layers) ** -0.5
+    self.attention = SelfAttention(config, output_scale=scale, rngs=rngs)
+    self.cca = ChunkedCrossAttention(config, output_scale=scale, rngs=rngs) if retro else None
+    self.feed_forward = FeedForward(config.d_model, config.d_ff, output_scale=scale, rngs=rngs)
+
+  def __call__(self, h: Array, mask: Array, encoded: Encoded) -> Array:
+    h = self.attention(h, mask)
+    if self.cca is not None and encoded is not None:
+      h = self.cca(h, *encoded)
+    return self.feed_forward(h)
+
+
+class Period(nnx.Module):
+  """Some LM layers and the RETRO layer that ends them: the unit the stack repeats."""
+
+  def __init__(self, config: RetroConfig, *, lm_layers: int, rngs: nnx.Rngs):
+    self.lm = nnx.List([DecoderLayer(config, retro=False, rngs=rngs) for _ in range(lm_layers)])
+    self.retro = DecoderLayer(config, retro=True, rngs=rngs)
+
+  def __call__(self, h: Array, mask: Array, encoded: Encoded) -> Array:
+    for layer in self.lm:
+      h = layer(h, mask, None)
+    return self.retro(h, mask, encoded)
+
+
+class Decoder(nnx.Module):
+  """Layers 1..L in groups: prefix (LM), entry (RETRO, min(P)), periods, tail (LM)."""
+
+  def __init__(self, config: RetroConfig, *, rngs: nnx.Rngs):
+    self.remat = config.remat
+    plan = layer_plan(config)
+    lm = lambda rngs: DecoderLayer(config, retro=False, rngs=rngs)
+    self.prefix = _stack(lm, plan.prefix, rngs)
+    self.entry = DecoderLayer(config, retro=True, rngs=rngs) if plan.has_entry else None
+    self.periods = nnx.List([
+        _stack(lambda rngs, lm_layers=lm_layers: Period(config, lm_layers=lm_layers, rngs=rngs),
+               repeats, rngs)
+        for lm_layers, repeats in plan.periods])
+    self.tail = _stack(lm, plan.tail, rngs)
+    self.norm = RMSNorm(config.d_model, rngs=rngs)
+
+  def __call__(self, h: Array, segments: Array, encode: Callable[[Array], Encoded]) -> Array:
+    """Runs the stack.
+
+    Args:
+      h: embedded tokens, [b, n, d].
+      segments: int32 [b, n], equal for tokens of one document, 0 for padding.
+      encode: called once with H after the self-attention of layer min(P); returns E
+        and its mask, or None for retrieval off. Never called in a baseline.
+
+    Returns:
+      Normalised activations [b, n, d].
+    """
+    n = h.shape[1]
+    mask = jnp.tril(jnp.ones((n, n), bool)) & (segments[:, :, None] == segments[:, None, :])
+    encoded: Encoded = None
+    h = self._scan(self.prefix, h, mask, None)
+    if self.entry is not None:
+      h = self.entry.attention(h, mask)
+      encoded = encode(h)
+      if encoded is not None:
+        h = self.entry.cca(h, *encoded)
+      h = self.entry.feed_forward(h)
+    for period in self.periods:
+      h = self._scan(period, h, mask, encoded)
+    h = self._scan(self.tail, h, mask, None)
+    return self.norm(h)
+
+  def _scan(self, stack: nnx.Module | None, h: Array, mask: Array, encoded: Encoded) -> Array:
+    """Applies a stack of equal modules, one after the other, compiled once."""
+    if stack is None:
+      return h
+    structure, parameters = nnx.split(stack)
+
+    def body(h: Array, layer: Any) -> tuple[Array, None]:
+      return nnx.merge(structure, layer)(h, mask, encoded), None
+
+    if self.remat != 'none':
+      body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+    return jax.lax.scan(body, h, parameters)[0]
+
+
+def _stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):
+  """`count` modules in one whose parameters have a leading axis of that size; None for 0."""
+  if count == 0:
+    return None
+
+  @nnx.split_rngs(splits=count)
+  @nnx.vmap(in_axes=(0,), out_axes=0)
+  def build(rngs):
+    return make(rngs)
+
+  return build(rngs)

@@ -1,0 +1,124 @@
+"""The whole model: tokens and neighbours in, logits out (Algorithm 1).
+
+`Retro` is an NNX module; around it a functional core: `init_parameters` gives a flat
+dict of arrays under stable dotted names, `apply` runs the model on such a dict.
+Loss, optimizer and sharding are the trainer's.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.models.chunked_cross_attention import attending_mask
+from retro_jax.models.config import RetroConfig
+from retro_jax.models.decoder import Decoder, Encoded
+from retro_jax.models.encoder import NeighborEncoder
+from retro_jax.models.layers import Embedding
+
+Array = jax.Array
+Parameters = dict[str, Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+  """RET(C_u) for every chunk of a batch.
+
+  Attributes:
+    tokens: int32 [b, l, k, r], neighbour and continuation.
+    mask: bool [b, l, k, r], False for padding and for missing neighbours.
+  """
+  tokens: Array
+  mask: Array
+
+
+class Retro(nnx.Module):
+  """RETRO, or its baseline when the config has no CCA layers."""
+
+  def __init__(self, config: RetroConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs)
+    self.decoder = Decoder(config, rngs=rngs)
+    self.encoder = NeighborEncoder(config, rngs=rngs) if config.has_retrieval else None
+    separate = config.has_retrieval and not config.share_embeddings
+    self.encoder_embedding = (
+        Embedding(config.vocab_size, config.encoder_d_model, rngs=rngs) if separate else None)
+
+  def __call__(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
+    """Next-token logits.
+
+    Args:
+      tokens: int32 [b, n], n a multiple of m.
+      segments: int32 [b, n], equal for tokens of one document, 0 for padding; chunks
+        never cross documents.
+      retrieval: the neighbours of each chunk, or None for RETRO[OFF].
+
+    Returns:
+      float32 [b, n, vocab_size]; position t is about token t+1.
+
+    Raises:
+      ValueError: n is no multiple of m, or neighbours do not fit the chunks.
+    """
+    return self.embedding.read(self.hidden(tokens, segments, retrieval))
+
+  def hidden(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
+    """As `__call__`, but the activations [b, n, d] that READ would be applied to."""
+    b, n = tokens.shape
+    m = self.config.chunk_length
+    if n % m:
+      raise ValueError(f'sequence length {n} is no multiple of the chunk length {m}')
+    if retrieval is not None and retrieval.tokens.shape[:2] != (b, n // m):
+      raise ValueError(f'neighbours of shape {retrieval.tokens.shape} for {b} sequences of '
+                       f'{n // m} chunks')
+    dtype = self.config.compute_dtype
+
+    def encode(h: Array) -> Encoded:
+      if retrieval is None:
+        return None
+      by_chunk = lambda x: x.reshape(b, n // m, m, *x.shape[2:])
+      table = self.encoder_embedding or self.embedding
+      encoded = self.encoder(table(retrieval.tokens, dtype), retrieval.mask, by_chunk(h),
+                             by_chunk(segments != 0))
+      return encoded, attending_mask(segments, retrieval.mask, m)
+
+    return self.decoder(self.embedding(tokens, dtype), segments, encode)
+
+
+def init_parameters(config: RetroConfig, key: Array) -> Parameters:
+  """Fresh parameters under dotted names; trace it with jax.jit or jax.eval_shape."""
+  _, state = nnx.split(Retro(config, rngs=nnx.Rngs(params=key)), nnx.Param)
+  return {'.'.join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.pure(state))}
+
+
+def parameter_axes(config: RetroConfig) -> dict[str, tuple[str, ...]]:
+  """The logical axes of each parameter, 'layers' first where layers are stacked."""
+  _, state = _abstract(config)
+  axes = {}
+  for path, variable in nnx.to_flat_state(state):
+    names = variable.get_metadata()['axes']
+    stacked = len(variable.get_value().shape) - len(names)
+    axes['.'.join(map(str, path))] = ('layers',) * stacked + tuple(names)
+  return axes
+
+
+def build(config: RetroConfig, parameters: Parameters) -> Retro:
+  """The module over the given arrays."""
+  structure, state = _abstract(config)
+  flat = []
+  for path, variable in nnx.to_flat_state(state):
+    flat.append((path, variable.replace(parameters['.'.join(map(str, path))])))
+  return nnx.merge(structure, nnx.from_flat_state(flat))
+
+
+def apply(config: RetroConfig, parameters: Parameters, tokens: Array, segments: Array,
+          retrieval: Retrieval | None) -> Array:
+  """Logits of `Retro` with these parameters; see `Retro.__call__`."""
+  return build(config, parameters)(tokens, segments, retrieval)
+
+
+def _abstract(config: RetroConfig) -> tuple[Any, Any]:
+  model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(params=0)))
+  return nnx.split(model, nnx.Param)
