@@ -1,0 +1,1 @@
+"""From documents to batches: corpora, vocabulary, chunks, records, tasks."""

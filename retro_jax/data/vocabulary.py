@@ -1,0 +1,214 @@
+"""Text to token ids and back, byte for byte: a SentencePiece model, trained or loaded.
+
+Cutting token rows into chunks lives in chunking.py. Whatever string goes in comes out
+again (NUL, U+2581, carriage returns, emoji included) and no string, not even a literal
+'</s>', can produce the ids of pad, bos, eos or unk. Only lone surrogates, which UTF-8
+cannot hold, are replaced.
+"""
+
+import hashlib
+import heapq
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sentencepiece
+
+from retro_jax.errors import UserError
+from retro_jax.storage import atomic_file
+
+PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
+# SentencePiece writes a space as U+2581, so a U+2581 of the text itself has to travel as bytes.
+_SPACE = '\u2581'
+_SPACE_BYTES = _SPACE.encode()
+_SURROGATES = re.compile('[\ud800-\udfff]')
+# Each always is one token: line ends with the indentation after them, runs of spaces, tabs.
+_LAYOUT = (
+    ['\n', '\n\n', '\n\n\n', '\r\n', '\t', '\t\t', '\n\t', '\n\t\t']
+    + ['\n' + _SPACE * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)]
+    + ['\n\n' + _SPACE * n for n in (2, 4, 8)]
+    + [_SPACE * n for n in (2, 4, 8, 16)])
+# What SentencePiece is fed at a time; longer "sentences" only slow its training down.
+_SENTENCE_CHARACTERS = 4096
+_NUM_THREADS = 2
+
+
+def clean_text(text: str) -> str:
+  """`text` as UTF-8 can hold it: each lone surrogate becomes U+FFFD."""
+  return _SURROGATES.sub('\ufffd', text)
+
+
+class Vocabulary:
+  """A SentencePiece model with exact bytes.
+
+  Attributes:
+    path: the model file.
+    size: number of ids.
+    fingerprint: 16 hex digits of the model's bytes; equal means the same token ids.
+    pad_id: 0, never stands for text. Likewise bos_id and eos_id.
+    token_bytes: int32 [size], how many UTF-8 bytes each id stands for (special ids: 0).
+  """
+
+  def __init__(self, path: str | os.PathLike, model: bytes):
+    """Use `Vocabulary.load`; this takes the bytes already read from `path`."""
+    self.path = str(path)
+    self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+    try:
+      self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+      self.size = self._processor.get_piece_size()
+    except (RuntimeError, OSError, ValueError):
+      raise UserError(
+          f'{path}: not a SentencePiece model; train one or name another file') from None
+    processor = self._processor
+    self.pad_id, self.bos_id, self.eos_id = (
+        processor.pad_id(), processor.bos_id(), processor.eos_id())
+    if self.pad_id != PAD_ID:
+      raise UserError(f'{path}: pad id is {self.pad_id}, expected 0; '
+                      'train the SentencePiece model with pad_id=0')
+    if self.bos_id < 1 or self.eos_id < 1:
+      raise UserError(f'{path}: no bos or no eos id; train the SentencePiece model with both')
+    self._pieces = [self._bytes_of(i) for i in range(self.size)]
+    self._byte_ids = {p: i for i, p in enumerate(self._pieces) if processor.is_byte(i)}
+    if len(self._byte_ids) != 256:
+      raise UserError(f'{path}: {len(self._byte_ids)} byte pieces, expected 256; '
+                      'train the SentencePiece model with byte_fallback')
+    self.token_bytes = np.array([len(p) for p in self._pieces], np.int32)
+    self.token_bytes.flags.writeable = False
+    probe = ' a  b\n\n c\t \ufb01 e\u0301'
+    if self.decode_bytes(self.encode(probe)) != probe.encode():
+      raise UserError(
+          f'{path}: changes text (white space or Unicode form); train the SentencePiece model '
+          'with identity normalisation, no dummy prefix and remove_extra_whitespaces=False')
+
+  @classmethod
+  def load(cls, path: str | os.PathLike) -> 'Vocabulary':
+    """Reads a model file.
+
+    Raises:
+      UserError: no such file, not a SentencePiece model, or one that is unfit: pad must be
+        0, bos and eos must exist, text must round-trip (byte fallback, no normalisation).
+    """
+    try:
+      return cls(path, Path(path).read_bytes())
+    except OSError as error:
+      raise UserError(f'{path}: no vocabulary there ({error.strerror}); '
+                      'train one or name a SentencePiece .model file') from None
+
+  def _bytes_of(self, token: int) -> bytes:
+    processor = self._processor
+    if processor.is_control(token) or processor.is_unknown(token):
+      return b''
+    piece = processor.id_to_piece(token)
+    if processor.is_byte(token):
+      return bytes([int(piece[3:5], 16)])  # '<0x0A>'
+    return piece.replace(_SPACE, ' ').encode()
+
+  def encode(self, text: str) -> list[int]:
+    """Token ids of `text`, without bos and eos."""
+    return self.encode_batch([text])[0]
+
+  def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of each text, without bos and eos; equal to `encode` one by one."""
+    parts, counts = [], []
+    for text in texts:
+      split = clean_text(text).split(_SPACE)
+      parts += split
+      counts.append(len(split))
+    encoded = iter(self._processor.encode(parts, num_threads=_NUM_THREADS) if parts else [])
+    separator = [self._byte_ids[bytes([b])] for b in _SPACE_BYTES]
+    rows = []
+    for count in counts:
+      row = next(encoded)
+      for _ in range(count - 1):
+        row = row + separator + next(encoded)
+      rows.append(row)
+    return rows
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The exact bytes that `ids` stand for; pad, bos, eos and unk stand for none."""
+    return b''.join([self._pieces[i] for i in ids])
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text of `ids`; bytes that are no UTF-8 (a character cut in two) become U+FFFD."""
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def piece(self, token: int) -> str:
+    """How one token is shown to a person, e.g. in a table."""
+    return self._processor.id_to_piece(int(token))
+
+  def seqio(self) -> Any:
+    """A `seqio.SentencePieceVocabulary` over the same file (it encodes U+2581 as a space)."""
+    import seqio  # pylint: disable=import-outside-toplevel
+    return seqio.SentencePieceVocabulary(self.path)
+
+
+def train_vocabulary(texts: Iterable[str], path: str | os.PathLike, vocab_size: int,
+                     seed: int = 0, sample_bytes: int = 10_000_000) -> Vocabulary:
+  """Trains a byte-pair SentencePiece model on a sample of `texts` and writes it to `path`.
+
+  The same texts in the same order, size and seed give the same file, byte for byte.
+
+  Args:
+    texts: documents, read once; only the sample is held in memory.
+    path: the model file to write, atomically.
+    vocab_size: number of ids, 300 of them for bytes, special ids and layout.
+    seed: chooses the sample when the texts are larger than `sample_bytes`.
+    sample_bytes: about how much text to train on.
+
+  Raises:
+    UserError: no text, or too little for `vocab_size`, or `vocab_size` too small.
+  """
+  sample = _sample(texts, seed, sample_bytes)
+  if not any(text.strip() for text in sample):
+    raise UserError(f'{path}: no text to train a vocabulary on; check the corpus')
+  model = io.BytesIO()
+  try:
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=_sentences(sample), model_writer=model, model_type='bpe',
+        vocab_size=vocab_size, byte_fallback=True, character_coverage=0.9995,
+        normalization_rule_name='identity', add_dummy_prefix=False,
+        remove_extra_whitespaces=False, allow_whitespace_only_pieces=True, split_digits=True,
+        user_defined_symbols=_LAYOUT, max_sentence_length=16 * _SENTENCE_CHARACTERS,
+        shuffle_input_sentence=False, num_threads=1, pad_id=PAD_ID, bos_id=BOS_ID,
+        eos_id=EOS_ID, unk_id=UNK_ID, minloglevel=2)
+  except RuntimeError as error:
+    reason = ' '.join(str(error).split())
+    raise UserError(f'{path}: cannot train a vocabulary of {vocab_size} on '
+                    f'{sum(map(len, sample)):,} characters; choose another vocab_size or give '
+                    f'more text (SentencePiece: {reason[-200:]})') from None
+  with atomic_file(path, 'wb') as f:
+    f.write(model.getvalue())
+  return Vocabulary.load(path)
+
+
+def _sample(texts: Iterable[str], seed: int, sample_bytes: int) -> list[str]:
+  """Whole texts chosen by a hash of (seed, position), in their order, within the budget."""
+  kept: list[tuple[int, int, str]] = []  # (minus key, position, text): the largest key leaves first
+  total = 0
+  for position, text in enumerate(texts):
+    text = clean_text(text)[:sample_bytes]
+    digest = hashlib.blake2b(f'{seed}/{position}'.encode(), digest_size=8).digest()
+    heapq.heappush(kept, (-int.from_bytes(digest, 'big'), position, text))
+    total += len(text.encode())
+    while total > sample_bytes and len(kept) > 1:
+      total -= len(heapq.heappop(kept)[2].encode())
+  return [text for _, _, text in sorted(kept, key=lambda item: item[1])]
+
+
+def _sentences(texts: Iterable[str]) -> Iterator[str]:
+  """Pieces of a length that SentencePiece trains on quickly, cut at line ends where it can."""
+  for text in texts:
+    # NUL and U+2581 always travel as bytes: SentencePiece reserves both.
+    text = text.replace('\0', ' ').replace(_SPACE, ' ')
+    start = 0
+    while start < len(text):
+      end = start + _SENTENCE_CHARACTERS
+      if end < len(text):
+        newline = text.rfind('\n', start + 1, end)
+        end = newline if newline > 0 else end
+      yield text[start:end]
+      start = end
