@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from retro_jax.data.vocabulary import clean_text
 from retro_jax.errors import UserError, nearest
 from retro_jax.storage import file_checksum, fingerprint
 
@@ -44,7 +45,7 @@ class Report:
   replaced: int = 0  # documents in which invalid UTF-8 was replaced by U+FFFD
 
   def count(self, text: str, replaced: bool = False) -> None:
-    size = len(text.encode('utf-8', 'replace'))
+    size = len(text.encode())
     self.documents += 1
     self.bytes += size
     self.empty += not size
@@ -130,8 +131,10 @@ class JsonLines:
         decoded, replaced = decode_utf8(line)
         if decoded.strip():
           document = self._parse(decoded, f'{path}:{number}', f'{name}:{number}')
-          self.report.count(document.text, replaced)
-          yield document
+          # JSON may spell a lone surrogate ('\\ud800'), which is no UTF-8 either.
+          text = clean_text(document.text)
+          self.report.count(text, replaced or text != document.text)
+          yield dataclasses.replace(document, text=text)
     require_text(self.report, self.pattern)
 
   def _parse(self, line: str, place: str, default_id: str) -> Document:

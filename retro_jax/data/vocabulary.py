@@ -58,6 +58,8 @@ class Vocabulary:
     self.path = str(path)
     self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
     try:
+      if not model:  # SentencePiece would wait for one, then crash the process
+        raise ValueError('empty file')
       self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
       self.size = self._processor.get_piece_size()
     except (RuntimeError, OSError, ValueError):
