@@ -1,0 +1,1 @@
+"""Chunk databases, their index, and the neighbours that training examples carry."""
