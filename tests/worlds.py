@@ -1,0 +1,65 @@
+"""Small real corpora, stores and records for the tests of retrieval and data."""
+
+import functools
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from retro_jax.data import vocabulary as vocabulary_lib
+from retro_jax.data.corpus import Document, JsonLines
+from retro_jax.retrieval import database as database_lib
+from retro_jax.retrieval.embedders import LexicalEmbedder
+
+WORDS = ('def return self import class None True the of a model layer chunk token neighbour '
+         'retro jax array shape for in range print value key 🙂 数据 text file read').split()
+
+
+def text(rng: np.random.Generator, words: int) -> str:
+  """Words and line ends that look a little like code."""
+  chosen = rng.choice(WORDS, words)
+  ends = rng.choice([' ', '  ', '\n', '\n    ', '(', ') '], words)
+  return ''.join(w + e for w, e in zip(chosen, ends))
+
+
+def documents(seed: int, count: int, longest: int = 120, prefix: str = 'doc') -> list[Document]:
+  """Some documents; a few repeat another's text, so that distances tie."""
+  rng = np.random.default_rng(seed)
+  texts = [text(rng, int(rng.integers(1, longest))) for _ in range(count)]
+  for i in range(3, count, 4):
+    texts[i] = texts[i - 3] + texts[i - 2]
+  return [Document(f'{prefix}-{i}', t, title=f'Title {i}', source='test', metadata={'n': i})
+          for i, t in enumerate(texts)]
+
+
+def write_source(path: Path, rows: list[Document]) -> JsonLines:
+  """The documents as a JSON-lines file."""
+  path.write_text(''.join(json.dumps({'id': d.id, 'text': d.text, 'title': d.title}) + '\n'
+                          for d in rows), encoding='utf-8')
+  return JsonLines(str(path))
+
+
+@functools.cache
+def vocabulary() -> vocabulary_lib.Vocabulary:
+  """A small vocabulary, trained once a process."""
+  folder = tempfile.mkdtemp(prefix='retro-jax-test-')
+  rng = np.random.default_rng(0)
+  return vocabulary_lib.train_vocabulary(
+      (text(rng, 200) for _ in range(50)), Path(folder) / 'v.model', 384)
+
+
+def embedder(dimension: int = 16) -> LexicalEmbedder:
+  """A cheap embedder of text."""
+  return LexicalEmbedder(dimension)
+
+
+def store(folder: Path, rows: list[Document], chunk_length: int = 8, dimension: int = 16,
+          documents_per_shard: int = 5, shuffle_seed: int | None = None,
+          ) -> database_lib.ChunkDatabase:
+  """A chunk store of these documents."""
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  source = write_source(folder.with_suffix('.jsonl'), rows)
+  return database_lib.build_chunk_database(
+      folder, source, vocabulary(), chunk_length, embedder(dimension),
+      documents_per_shard=documents_per_shard, shuffle_seed=shuffle_seed)
