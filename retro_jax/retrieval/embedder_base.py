@@ -1,0 +1,52 @@
+"""What every embedder offers, and what all of them share. The embedders: embedders.py."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any, Protocol
+
+import numpy as np
+
+from retro_jax import storage
+
+
+class Embedder(Protocol):
+  """What the rest of the package asks of an embedder."""
+
+  @property
+  def dimension(self) -> int:
+    """Length d0 of a vector."""
+
+  @property
+  def fingerprint(self) -> str:
+    """Sixteen hex digits that change when the vectors would."""
+
+  def describe(self) -> dict[str, Any]:
+    """Facts for a manifest, JSON-able; everything the vectors depend on."""
+
+  def embed(self, texts: Sequence[str],
+            on_progress: Callable[[int], None] | None = None) -> np.ndarray:
+    """float32 [N, d0] in the order of `texts`; `on_progress` gets numbers of texts done."""
+
+
+class EmbedderBase:
+  """What all embedders share: the fingerprint, and pickling without loaded state."""
+
+  @functools.cached_property
+  def fingerprint(self) -> str:
+    return storage.fingerprint(self.describe())
+
+  def describe(self) -> dict[str, Any]:
+    raise NotImplementedError
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+  def __setstate__(self, state: Mapping[str, Any]) -> None:
+    # Not attribute by attribute: the dataclasses are frozen.
+    self.__dict__.update(state)
+
+
+def valid_unicode(text: str) -> str:
+  """The text, lone surrogates (a JSON file can hold them) replaced by question marks."""
+  return text if text.isascii() else text.encode('utf-8', 'replace').decode()
