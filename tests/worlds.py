@@ -10,6 +10,7 @@ import numpy as np
 from retro_jax.data import vocabulary as vocabulary_lib
 from retro_jax.data.corpus import Document, JsonLines
 from retro_jax.retrieval import database as database_lib
+from retro_jax.retrieval import pipeline
 from retro_jax.retrieval.embedders import LexicalEmbedder
 
 WORDS = ('def return self import class None True the of a model layer chunk token neighbour '
@@ -63,3 +64,13 @@ def store(folder: Path, rows: list[Document], chunk_length: int = 8, dimension: 
   return database_lib.build_chunk_database(
       folder, source, vocabulary(), chunk_length, embedder(dimension),
       documents_per_shard=documents_per_shard, shuffle_seed=shuffle_seed)
+
+
+def examples(folder: Path, rows: list[Document], sequence_length: int = 32,
+             num_neighbors: int = 3, examples_per_shard: int = 4):
+  """Store, index and records of these documents, chunk length 8; returns store and records."""
+  db = store(folder / 'db', rows)
+  pipeline.build_index(folder / 'index', db)
+  return db, pipeline.build_examples(
+      folder / 'examples', db, db, folder / 'index', pipeline.ExamplesConfig(
+          sequence_length, num_neighbors, margin=2, examples_per_shard=examples_per_shard))

@@ -1,0 +1,177 @@
+"""The stages end to end: what the records hold, and when a stage runs again."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from retro_jax import storage
+from retro_jax.data.vocabulary import train_vocabulary
+from retro_jax.errors import UserError
+from retro_jax.retrieval import pipeline
+from retro_jax.retrieval.index import IndexConfig
+from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
+from retro_jax.retrieval.policies import PolicyConfig
+from tests import worlds
+
+FEW = settings(max_examples=8, deadline=None,
+               suppress_health_check=[HealthCheck.function_scoped_fixture])
+SMALL = ExamplesConfig(sequence_length=32, num_neighbors=3, margin=2, examples_per_shard=4)
+
+
+def run(folder, rows, config=SMALL, m=8, shuffle_seed=0):
+  source = worlds.write_source(folder / 'in.jsonl', rows)
+  store = pipeline.build_database(folder / 'db', source, worlds.vocabulary(), worlds.embedder(),
+                                  DatabaseConfig(m, 5, shuffle_seed))
+  pipeline.build_index(folder / 'index', store)
+  return store, pipeline.build_examples(folder / 'examples', store, store, folder / 'index', config)
+
+
+@FEW
+@given(seed=st.integers(0, 10**6), l=st.integers(1, 5))
+def test_records_hold_the_store_and_its_neighbours(tmp_path_factory, seed, l):
+  folder = tmp_path_factory.mktemp('p')
+  config = ExamplesConfig(sequence_length=8 * l, num_neighbors=2, margin=1, examples_per_shard=3)
+  store, examples = run(folder, worlds.documents(seed, 6, longest=30), config)
+  assert len(examples) == -(-store.num_chunks // l)
+  read = examples.read(range(len(examples)))
+  chunks = read['chunk_ids'].ravel()
+  assert chunks[:store.num_chunks].tolist() == list(range(store.num_chunks))
+  assert (chunks[store.num_chunks:] == -1).all()
+  for s in range(len(examples)):
+    for c in range(l):
+      chunk = int(read['chunk_ids'][s, c])
+      tokens = read['tokens'][s, 8 * c:8 * c + 8]
+      if chunk < 0:
+        assert not tokens.any() and read['documents'][s, c] == -1 and not read['text_bytes'][s, c]
+        assert (read['neighbor_ids'][s, c] == -1).all()
+        continue
+      assert tokens.tolist() == store.tokens(chunk).tolist()
+      assert read['documents'][s, c] == store.document(chunk)
+      assert read['text_bytes'][s, c] == store.text_bytes(chunk)
+      for j, neighbor in enumerate(read['neighbor_ids'][s, c]):
+        expected = store.with_continuation(neighbor)[0]
+        assert read['neighbor_tokens'][s, c, j].tolist() == expected.tolist()
+    last = int(read['chunk_ids'][s, -1])
+    following = 0
+    if 0 <= last < store.num_chunks - 1 and store.document(last) == store.document(last + 1):
+      following = store.tokens(last + 1)[0]
+    assert read['next_token'][s, 0] == following
+
+
+@pytest.fixture
+def rows():
+  return worlds.documents(3, 9, longest=40)
+
+
+def test_second_run_skips_everything(tmp_path, rows, capsys):
+  run(tmp_path, rows)
+  first = capsys.readouterr().out
+  stamps = {p: p.stat().st_mtime_ns for p in tmp_path.rglob('*') if p.is_file()}
+  run(tmp_path, rows)
+  second = capsys.readouterr().out.splitlines()
+  assert 'skipped' not in first and len(second) == 3 and all('current, skipped' in s for s in second)
+  assert {p: p.stat().st_mtime_ns for p in stamps if p.suffix != '.jsonl' or p.parent != tmp_path
+          } == {p: t for p, t in stamps.items() if p.suffix != '.jsonl' or p.parent != tmp_path}
+
+
+def test_changed_inputs_rebuild_all_that_depends_on_them(tmp_path, rows, capsys):
+  _, before = run(tmp_path, rows)
+  capsys.readouterr()
+  _, after = run(tmp_path, rows[:-1])
+  out = capsys.readouterr().out
+  assert 'skipped' not in out
+  assert before.manifest['database'] != after.manifest['database']
+  _, other = run(tmp_path, rows[:-1], ExamplesConfig(**{**vars(SMALL), 'num_neighbors': 2}))
+  out = capsys.readouterr().out
+  assert out.count('current, skipped') == 2 and other.shape.num_neighbors == 2
+
+
+def test_changed_deny_file_rebuilds(tmp_path, rows):
+  deny = tmp_path / 'deny.txt'
+  deny.write_text('')
+  config = ExamplesConfig(**{**vars(SMALL), 'policy': PolicyConfig(deny_file=str(deny))})
+  store, before = run(tmp_path, rows, config)
+  ids = before.read(range(len(before)))['neighbor_ids']
+  assert store.ordinal_of('doc-1') in store.document(ids[ids >= 0])
+  deny.write_text('doc-1\n')
+  _, after = run(tmp_path, rows, config)
+  ids = after.read(range(len(after)))['neighbor_ids']
+  assert store.ordinal_of('doc-1') not in store.document(ids[ids >= 0])
+  assert after.manifest['policy']['denied_documents'] == 1
+
+
+def test_two_builds_are_byte_identical(tmp_path, rows):
+  for name in ('a', 'b'):
+    (tmp_path / name).mkdir()
+    worlds.write_source(tmp_path / 'in.jsonl', rows)
+    run(tmp_path / name, rows)
+  for stage in ('db', 'examples', 'index'):
+    files = [storage.read_manifest(tmp_path / name / stage, kind)['files'] for name in 'ab'
+             for kind in [{'db': 'chunk-database', 'examples': 'retrieval-examples',
+                           'index': 'index'}[stage]]]
+    assert files[0] == files[1]
+
+
+def test_a_store_that_changed_under_its_index_is_noticed(tmp_path, rows):
+  run(tmp_path, rows)
+  other = worlds.store(tmp_path / 'other', rows[2:])
+  with pytest.raises(UserError, match='indexes embeddings .* build the index again'):
+    pipeline.build_examples(tmp_path / 'new', other, other, tmp_path / 'index', SMALL)
+  assert not (tmp_path / 'new').exists()
+
+
+def test_vocabularies_that_differ_are_named(tmp_path, rows):
+  store, _ = run(tmp_path, rows)
+  other = train_vocabulary([row.text for row in rows], tmp_path / 'v.model', 350)
+  queries = pipeline.build_database(
+      tmp_path / 'q', worlds.write_source(tmp_path / 'q.jsonl', rows), other, worlds.embedder(),
+      DatabaseConfig(8))
+  with pytest.raises(UserError, match='vocabulary') as error:
+    pipeline.build_examples(tmp_path / 'new', queries, store, tmp_path / 'index', SMALL)
+  assert str(queries.folder) in str(error.value) and str(store.folder) in str(error.value)
+  assert '\n' not in str(error.value)
+
+
+def test_random_neighbours_give_the_same_artefact(tmp_path, rows):
+  store, nearest = run(tmp_path, rows)
+  random = pipeline.build_examples(
+      tmp_path / 'random', store, store, None, ExamplesConfig(**{**vars(SMALL), 'kind': 'random'}))
+  assert random.shape == nearest.shape and len(random) == len(nearest)
+  a, b = (e.read(range(len(e))) for e in (nearest, random))
+  for name in a:
+    assert a[name].shape == b[name].shape and a[name].dtype == b[name].dtype
+    if not name.startswith('neighbor'):
+      np.testing.assert_array_equal(a[name], b[name])
+  assert b['neighbor_distances'][b['neighbor_ids'] >= 0].mean() > (
+      a['neighbor_distances'][a['neighbor_ids'] >= 0].mean())
+
+
+@pytest.mark.parametrize('changes, words', [
+    ({'sequence_length': 30}, 'sequence_length is 30, no multiple of chunk_length 8'),
+    ({'num_neighbors': 0}, 'num_neighbors is 0'),
+    ({'kind': 'best'}, "'best' is unknown"),
+])
+def test_wrong_settings_leave_nothing(tmp_path, rows, changes, words):
+  with pytest.raises(UserError, match=words):
+    run(tmp_path, rows, ExamplesConfig(**{**vars(SMALL), **changes}))
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['db', 'in.jsonl', 'index']
+
+
+def test_killed_search_leaves_nothing(tmp_path, rows, monkeypatch):
+  def killed(*unused, **unused_too):
+    raise KeyboardInterrupt
+  monkeypatch.setattr(pipeline.search, 'neighbors_of_sequences', killed)
+  with pytest.raises(KeyboardInterrupt):
+    run(tmp_path, rows)
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['db', 'in.jsonl', 'index']
+
+
+def test_scann_index_serves_the_pipeline(tmp_path, rows):
+  store, _ = run(tmp_path, rows)
+  index = pipeline.build_index(
+      tmp_path / 'scann', store, IndexConfig(kind='scann', recall_sample=20))
+  assert index.kind == 'scann'
+  examples = pipeline.build_examples(tmp_path / 'x', store, store, tmp_path / 'scann', SMALL)
+  assert examples.manifest['index']['search'] == 'scann'
+  assert (examples.read([0])['neighbor_ids'] >= 0).all()
