@@ -103,19 +103,21 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class Bert(nnx.Module):
-  """The encoder. Parameters are float32; layers are stacked on a leading axis.
+  """The encoder, with parameters that somebody else trained.
 
   Args:
     config: sizes.
-    rngs: for the initial values (a checkpoint replaces them).
+    parameters: float32 arrays by name, shapes as in `parameter_shapes`; layers are stacked
+      on a leading axis.
   """
 
-  def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+  def __init__(self, config: BertConfig, parameters: Mapping[str, jax.Array | np.ndarray]):
+    shapes = {name: value.shape for name, value in parameters.items()}
+    if shapes != parameter_shapes(config):
+      raise ValueError(f'parameters have shapes {shapes}, expected {parameter_shapes(config)}')
     self.config = config
-    self.parameters = nnx.Dict({
-        name: nnx.Param(_initial(rngs.params(), name, shape))
-        for name, shape in parameter_shapes(config).items()
-    })
+    self.parameters = nnx.Dict(
+        {name: nnx.Param(jnp.asarray(value)) for name, value in parameters.items()})
 
   def __call__(self, tokens: jax.Array, mask: jax.Array, precision: str = 'highest') -> jax.Array:
     """Last layer's activations [b, t, hidden]; see `encode`."""
@@ -148,15 +150,6 @@ def parameter_shapes(config: BertConfig) -> dict[str, tuple[int, ...]]:
       'layers_output_norm_scale': (n, d),
       'layers_output_norm_bias': (n, d),
   }
-
-
-def _initial(key: jax.Array, name: str, shape: tuple[int, ...]) -> jax.Array:
-  """Normal of deviation 0.02 for tables and kernels, ones for scales, zeros for biases."""
-  if name.endswith('scale'):
-    return jnp.ones(shape, jnp.float32)
-  if name.endswith('bias'):
-    return jnp.zeros(shape, jnp.float32)
-  return 0.02 * jax.random.normal(key, shape, jnp.float32)
 
 
 def encode(parameters: Mapping[str, jax.Array], config: BertConfig, tokens: jax.Array,
@@ -244,11 +237,7 @@ def load_bert(folder: str | os.PathLike) -> Bert:
   path = Path(folder) / WEIGHTS_FILE
   if not path.is_file():
     raise UserError(f'{path}: missing; save the checkpoint in the safetensors format')
-  values = _read_parameters(path, config)
-  model = nnx.eval_shape(lambda: Bert(config, nnx.Rngs(0)))
-  for name, value in values.items():
-    model.parameters[name].set_value(jnp.asarray(value))
-  return model
+  return Bert(config, _read_parameters(path, config))
 
 
 def _read_parameters(path: Path, config: BertConfig) -> dict[str, np.ndarray]:

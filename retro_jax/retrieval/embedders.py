@@ -226,12 +226,12 @@ class BertEmbedder(EmbedderBase):
     from retro_jax.models import bert
 
     self._tokenizer  # An unfit tokenizer is worth knowing before the weights are read.
-    devices = jax.devices()[:1] if self.mesh is None else self.mesh.devices.flat
+    devices = jax.devices()[:1] if self.mesh is None else list(self.mesh.devices.flat)
     if any(device.process_index != jax.process_index() for device in devices):
       raise ValueError('BertEmbedder: the mesh holds devices of another process; embed each '
                        "host's texts on a mesh of jax.local_devices()")
     mesh = jax.sharding.Mesh(
-        np.array(list(devices)), ('batch',), axis_types=(jax.sharding.AxisType.Auto,))
+        np.array(devices), ('batch',), axis_types=(jax.sharding.AxisType.Auto,))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     by_row = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec('batch'))
     config, normalize, precision = self._config, self._normalize, self.precision
