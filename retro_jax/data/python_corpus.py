@@ -55,8 +55,9 @@ class PythonLibrary:
 
   Attributes:
     split: 'train', 'valid' or 'test'.
-    max_bytes: at most so much text in the three splits together; files are taken in the
-      order of a hash of their path.
+    max_bytes: at most so much text in the three splits together. Whole folders are taken,
+      in the order of a hash of their path: files of one folder often are a family, and what
+      there is to retrieve for one is in its siblings.
     folders: relative paths to take ('keras', 'stdlib/test'); none means everything.
     suffixes: kinds of files to take.
     smallest_file: bytes below which a file is left out (licence headers and nothing else).
@@ -191,8 +192,11 @@ def _choose(files: tuple[tuple[str, str, int, int], ...], max_bytes: int, held_o
             similarity: float) -> _Chosen:
   documents: dict[str, list[tuple[Document, bool]]] = {split: [] for split in SPLITS}
   unsuitable = not_sampled = total = 0
-  for name, path, size, _ in sorted(files, key=lambda f: _share(f[0], 'sample')):
-    if total + size > max_bytes:
+  order = lambda f: (_share(os.path.dirname(f[0]), 'sample'), _share(f[0], 'sample'))
+  full = False
+  for name, path, size, _ in sorted(files, key=order):
+    full = full or total + size > max_bytes
+    if full:
       not_sampled += 1
       continue
     text, replaced = corpus.decode_utf8(Path(path).read_bytes())
