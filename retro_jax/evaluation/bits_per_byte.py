@@ -1,0 +1,67 @@
+"""Bits-per-byte of a model on a set of sequences, with an interval (paper 4.1).
+
+bits-per-byte = sum of -log2 p over all tokens / bytes of the text they stand for. Every
+token of a document but its [bos] is predicted exactly once over the sequences of a split,
+so the two sums belong to the same text. Which neighbours are read is a matter of the
+batches handed in.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from retro_jax.data import batches as batches_lib
+
+_RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+  """Per-sequence sums, float64 [s]: `bits`, `text_bytes`, `tokens`."""
+  bits: np.ndarray
+  text_bytes: np.ndarray
+  tokens: np.ndarray
+
+  @property
+  def bits_per_byte(self) -> float:
+    return float(self.bits.sum() / max(self.text_bytes.sum(), 1))
+
+  def interval(self, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of bits-per-byte over sequences."""
+    return _bootstrap(lambda i: self.bits[i].sum() / max(self.text_bytes[i].sum(), 1),
+                      len(self.bits), seed)
+
+
+def gain_interval(better: Score, worse: Score, seed: int = 0) -> tuple[float, float]:
+  """95 % paired bootstrap interval of 1 - better / worse, both on the same sequences."""
+  return _bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits), seed)
+
+
+def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
+          parameters: Any, batches: Iterable[Mapping[str, np.ndarray]], inputs: Sequence[str],
+          mesh: Mesh) -> Score:
+  """Scores all batches.
+
+  Args:
+    evaluation_step: from training/step.py.
+    parameters: of the model.
+    batches: numpy batches, this process's rows.
+    inputs: which of a batch's arrays the step takes.
+    mesh: that the parameters lie on.
+  """
+  sums = [evaluation_step(parameters, batches_lib.to_global({name: batch[name] for name in inputs}, mesh))
+          for batch in batches]
+  joined = {name: np.concatenate([np.asarray(s[name], np.float64) for s in sums]) for name in sums[0]}
+  real = joined['tokens'] > 0  # the last batch is filled up with empty sequences
+  return Score(**{name: values[real] for name, values in joined.items()})
+
+
+def _bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int) -> tuple[float, float]:
+  rng = np.random.default_rng(seed)
+  values = [statistic(rng.integers(0, size, size)) for _ in range(_RESAMPLES)]
+  low, high = np.percentile(values, [2.5, 97.5])
+  return float(low), float(high)

@@ -1,0 +1,1 @@
+"""Training: mesh and sharding, optimizer, the jitted step, checkpoints, the loop."""

@@ -1,0 +1,49 @@
+"""AdamW and its schedule as in the paper's C.1; what C.1 leaves open is in docs/decisions.md."""
+
+import dataclasses
+
+import optax
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """AdamW with linear warm-up, cosine decay and a clip of the global gradient norm.
+
+  Attributes:
+    peak_learning_rate: reached after `warmup_steps`.
+    initial_learning_rate: at step 0.
+    final_fraction: of the peak, reached at the last step.
+    warmup_steps: linear.
+    beta1, beta2, epsilon, weight_decay: of AdamW; decay applies to matrices only, not
+      to norm scales and attention biases.
+    clip_norm: global norm of the gradient.
+  """
+  peak_learning_rate: float = 2e-4
+  initial_learning_rate: float = 1e-7
+  final_fraction: float = 0.1
+  warmup_steps: int = 750
+  beta1: float = 0.9
+  beta2: float = 0.95
+  epsilon: float = 1e-8
+  weight_decay: float = 0.1
+  clip_norm: float = 1.0
+
+
+def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+  """Learning rate by step."""
+  return optax.warmup_cosine_decay_schedule(
+      init_value=config.initial_learning_rate,
+      peak_value=config.peak_learning_rate,
+      warmup_steps=min(config.warmup_steps, max(total_steps - 1, 0)),
+      decay_steps=total_steps,
+      end_value=config.final_fraction * config.peak_learning_rate)
+
+
+def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+  """The whole update rule, over a flat dict of parameters."""
+  is_matrix = lambda name: not name.endswith(('.scale', '_bias'))
+  return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm),
+      optax.adamw(schedule(config, total_steps), b1=config.beta1, b2=config.beta2,
+                  eps=config.epsilon, weight_decay=config.weight_decay,
+                  mask=lambda parameters: {name: is_matrix(name) for name in parameters}))
