@@ -5,6 +5,8 @@ costs nothing, and neither restarts nor the number of processes change what is s
 examples go through the registered seqio task's preprocessors and `RetroFeatureConverter`.
 """
 
+import atexit
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -162,35 +164,66 @@ def _iterate(name: str, split: str, stream: Any, rows: int, prefetch: int) -> It
   providers, _ = tasks.parts(name, split)
   facts = tasks.info(name)
   lengths = features.task_feature_lengths(facts.sequence_length, facts.chunk_length)
-  integers = tf.TensorSpec((None,), tf.int64)
 
-  def flat(generator: Any) -> tf.data.Dataset:
-    return tf.data.Dataset.from_generator(generator, output_signature=integers).unbatch()
+  def numbers(generator: Any) -> tf.data.Dataset:
+    return tf.data.Dataset.from_generator(
+        generator, output_signature=tf.TensorSpec((None,), tf.int64))
 
   datasets = []
   for i, task in enumerate(providers):
-    numbers = flat(lambda i=i: (example[source == i] for source, example in stream()))
-    dataset = task.source.by_number(split, numbers)
-    dataset = task.preprocess_postcache(task.preprocess_precache(dataset), lengths)
-    datasets.append(dataset)
+    wanted = numbers(lambda i=i: (example[source == i] for source, example in stream()))
+    dataset = task.source.by_number(split, wanted)
+    datasets.append(task.preprocess_postcache(task.preprocess_precache(dataset), lengths))
   joined = datasets[0]
   if len(datasets) > 1:
-    joined = tf.data.Dataset.choose_from_datasets(
-        datasets, flat(lambda: (source for source, _ in stream())), stop_on_empty_dataset=False)
-  joined = features.RetroFeatureConverter(facts.chunk_length)(joined, lengths)
-  iterator = joined.batch(rows, drop_remainder=True).prefetch(prefetch).as_numpy_iterator()
-  while True:
+    choices = numbers(lambda: (source for source, _ in stream())).unbatch()
+    joined = tf.data.Dataset.choose_from_datasets(datasets, choices, stop_on_empty_dataset=False)
+  # All shapes are static and come from the same manifest, so seqio's checks at run time could
+  # only cost time.
+  converter = features.RetroFeatureConverter(facts.chunk_length, apply_length_check=False)
+  joined = converter(joined, lengths).batch(rows, drop_remainder=True).prefetch(prefetch)
+  return _Iterator(iter(joined))
+
+
+class _Iterator(Iterator[Batch]):
+  """Numpy batches of a tf.data iterator, which is stopped with the process at the latest.
+
+  Its threads call back into Python: left running while the interpreter shuts down, they
+  would abort the process after its work is done.
+  """
+
+  _running: 'weakref.WeakSet[_Iterator]' = weakref.WeakSet()
+
+  def __init__(self, iterator: Any):
+    self._iterator = iterator
+    self._running.add(self)
+
+  def __next__(self) -> Batch:
+    import tensorflow as tf  # pylint: disable=import-outside-toplevel
+    if self._iterator is None:
+      raise StopIteration
     try:
-      batch = next(iterator)
+      return {name: value.numpy() for name, value in next(self._iterator).items()}
     except StopIteration:
-      return
+      self.close()
+      raise
     except tf.errors.OpError as error:
+      self.close()
       # TensorFlow carries our error as text; a person wants the line, not the graph.
       lines = [line for line in str(error).splitlines() if 'UserError: ' in line]
       if lines:
         raise UserError(lines[0].split('UserError: ', 1)[1]) from None
       raise
-    yield batch
+
+  def close(self) -> None:
+    """Stops the threads; the iterator is at its end."""
+    self._iterator = None
+
+
+@atexit.register
+def _close_all() -> None:
+  for iterator in list(_Iterator._running):  # pylint: disable=protected-access
+    iterator.close()
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> slice:

@@ -86,7 +86,15 @@ class RetrievalExamplesSource(seqio.DataSource):
     return files.flat_map(read).map(join, num_parallel_calls=tf.data.AUTOTUNE)
 
   def by_number(self, split: str, indices: tf.data.Dataset) -> tf.data.Dataset:
-    """The examples that a dataset of int64 scalars asks for, in its order; -1 is an empty one."""
+    """Examples by number, one by one.
+
+    Args:
+      split: of this source.
+      indices: int64 vectors; each is read in one go. -1 asks for an empty example.
+
+    Returns:
+      the elements of `get_dataset` for every entry of every vector, in order.
+    """
     examples = self.examples[split]
     shapes = {}
     for name, layout in examples.layouts.items():
@@ -94,15 +102,16 @@ class RetrievalExamplesSource(seqio.DataSource):
       shapes |= {prefix + feature: spec.shape for feature, spec in layout.specs.items()}
     names = sorted(shapes)
 
-    def read(index: np.ndarray) -> list[np.ndarray]:
-      values = examples.read(np.asarray([index]))
-      return [values[name][0].astype(_TYPES[name].as_numpy_dtype) for name in names]
+    def read(numbers: np.ndarray) -> list[np.ndarray]:
+      values = examples.read(numbers)
+      return [values[name].astype(_TYPES[name].as_numpy_dtype) for name in names]
 
-    def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
-      values = tf.numpy_function(read, [index], [_TYPES[name] for name in names])
-      return {name: tf.ensure_shape(value, shapes[name]) for name, value in zip(names, values)}
+    def fetch(numbers: tf.Tensor) -> dict[str, tf.Tensor]:
+      values = tf.numpy_function(read, [numbers], [_TYPES[name] for name in names])
+      return {name: tf.ensure_shape(value, (None,) + shapes[name])
+              for name, value in zip(names, values)}
 
-    return indices.map(fetch, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+    return indices.map(fetch, num_parallel_calls=2, deterministic=True).unbatch()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,12 +3,14 @@
 import itertools
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import retro_jax
 from retro_jax.data import batches, tasks
 from retro_jax.data.batches import ExampleOrder
 from retro_jax.errors import UserError
@@ -194,8 +196,6 @@ print('done')
 
 
 def test_global_arrays_on_eight_devices():
-  import retro_jax  # pylint: disable=import-outside-toplevel
-  from pathlib import Path  # pylint: disable=import-outside-toplevel
   result = subprocess.run(
       [sys.executable, '-c', MESH], cwd=Path(retro_jax.__file__).parents[1], text=True,
       capture_output=True, check=False, env={
@@ -204,9 +204,17 @@ def test_global_arrays_on_eight_devices():
   assert result.stdout == 'done\n', result.stderr[-2000:]
 
 
+def test_a_run_that_stops_reading_leaves_the_process_in_peace(made):
+  """Threads of tf.data that call Python must not outlive the interpreter."""
+  code = (f'from retro_jax.data import batches, tasks; '
+          f'tasks.register_task("t", {str(made["one"][1].folder)!r}, 2); '
+          f'iterators = [batches.batches("t", 4, seed=s) for s in range(3)]; '
+          f'[next(i) for i in iterators]')
+  subprocess.run([sys.executable, '-c', code], cwd=Path(retro_jax.__file__).parents[1],
+                 check=True, capture_output=True)
+
+
 def test_importing_does_not_register_or_load_tensorflow():
-  import retro_jax  # pylint: disable=import-outside-toplevel
-  from pathlib import Path  # pylint: disable=import-outside-toplevel
   code = ('import sys; from retro_jax.data import batches, records; '
           'from retro_jax.retrieval import pipeline; '
           "assert 'tensorflow' not in sys.modules and 'gin' not in sys.modules")
