@@ -21,6 +21,7 @@ from safetensors.numpy import save_file
 
 from retro_jax.errors import UserError
 from retro_jax.models import bert
+from retro_jax.retrieval import hashing_embedders as hashing
 from retro_jax.retrieval.embedders import (BertEmbedder, LexicalEmbedder, RandomEmbedder,
                                            plan_batches)
 
@@ -217,39 +218,40 @@ def test_plan_wastes_little_on_many_texts():
   assert sum(rows * length for _, (rows, length) in plan) < 1.2 * lengths.sum()
 
 
-def slow_lexical(text, dimension, word_ngrams, weight):
+def slow_lexical(text, embedder):
   """The definition with dictionaries; the hashing is shared, the counting is not."""
-  from retro_jax.retrieval import hashing_embedders as h
   words = re.findall(r'\w+|[^\w\s]', text.lower())
-  features = Counter(tuple(words[i:i + n]) for n in range(1, word_ngrams + 1)
+  features = Counter((0, *words[i:i + n]) for n in range(1, embedder.word_ngrams + 1)
                      for i in range(len(words) - n + 1))
-  vector = np.zeros(dimension)
-  for feature, times in features.items():
-    key = np.array([len(feature)], np.uint64)
-    for word in feature:
-      key = h._mix(key + np.uint64(h._hash(word)))
-    plain = all(not (w[0].isalnum() or w[0] == '_') for w in feature)
+  if n := embedder.character_ngrams:
+    features.update((1, *text.lower()[i:i + n]) for i in range(len(text.lower()) - n + 1))
+  vector = np.zeros(embedder.dimension)
+  for (kind, *parts), times in features.items():
+    key = np.array([kind * 2**32 + len(parts)], np.uint64)
+    for part in parts:
+      key = hashing._mix(key + np.uint64(ord(part) if kind else hashing._hash(part)))
+    plain = not kind and all(not (word[0].isalnum() or word[0] == '_') for word in parts)
     value = int(key[0])
-    vector[value % 2**40 % dimension] += (1 if value >> 63 else -1) * math.log(1 + times) * (
-        weight if plain else 1)
+    vector[value % 2**40 % embedder.dimension] += (1 if value >> 63 else -1) * math.log(
+        1 + times) * (embedder.punctuation_weight if plain else 1)
   norm = np.linalg.norm(vector)
   return vector / norm if norm else vector
 
 
 @settings(deadline=None, max_examples=40)
-@given(st.lists(st.text(st.sampled_from('ab c.(_é\n😀'), max_size=20), max_size=6),
-       st.integers(1, 3))
-def test_lexical_equals_the_slow_definition(texts, word_ngrams):
-  embedder = LexicalEmbedder(dimension=32, word_ngrams=word_ngrams)
+@given(st.lists(st.text(st.sampled_from('aBb c.(_é\n😀'), max_size=20), max_size=6),
+       st.integers(0, 3), st.integers(0, 3))
+def test_lexical_equals_the_slow_definition(texts, word_ngrams, character_ngrams):
+  embedder = LexicalEmbedder(32, word_ngrams, character_ngrams or (word_ngrams == 0))
   vectors = embedder.embed(texts)
   assert vectors.shape == (len(texts), 32) and vectors.dtype == np.float32
   for text, vector in zip(texts, vectors):
-    np.testing.assert_allclose(vector, slow_lexical(text, 32, word_ngrams, 0.3), atol=1e-6)
+    np.testing.assert_allclose(vector, slow_lexical(text, embedder), atol=1e-6)
 
 
 @pytest.mark.parametrize('embedder', [
     LexicalEmbedder(), LexicalEmbedder(word_ngrams=0, character_ngrams=3),
-    LexicalEmbedder(dimension=100, character_ngrams=4), RandomEmbedder(seed=3)])
+    LexicalEmbedder(dimension=100, character_ngrams=0), RandomEmbedder(seed=3)])
 def test_vectors_do_not_depend_on_company_and_have_unit_length(embedder):
   texts = TEXTS + ['def f(x):\n  return x + 1  # 漢字 🎉']
   together = embedder.embed(texts)
@@ -268,11 +270,11 @@ def test_lexical_finds_the_text_that_shares_words():
   query = ['with open(path) as file: lines = file.read().splitlines()',
            'Fishermen left the harbour at the turn of the tide.',
            'print(value) for value in table.values()']
-  for embedder in (LexicalEmbedder(), LexicalEmbedder(word_ngrams=0, character_ngrams=4)):
+  for embedder in (LexicalEmbedder(), LexicalEmbedder(character_ngrams=0)):
     similarity = embedder.embed(query) @ embedder.embed(texts).T
     np.testing.assert_array_equal(similarity.argmax(axis=1), [0, 1, 2])
   # A single occurrence more changes a direction little: log(1 + times).
-  once, twice = LexicalEmbedder(word_ngrams=1).embed(['sea sky sky', 'sea sky sky sky'])
+  once, twice = LexicalEmbedder(character_ngrams=0).embed(['sea sky sky', 'sea sky sky sky'])
   assert 0.9 < once @ twice < 1
 
 
@@ -306,13 +308,14 @@ def test_known_vectors_stay_what_they_were():
   np.testing.assert_allclose(random, KNOWN_RANDOM, atol=1e-6)
 
 
-KNOWN_LEXICAL = [0.2591306, 0.2591306, 0.8551309, -0.3666795]
+KNOWN_LEXICAL = [-0.3349246, 0.8373116, 0.3851633, 0.1959184]
 KNOWN_RANDOM = [-0.7497022, -0.0058571, 0.0237828, 0.6613219]
 
 
 def test_embedders_are_frozen_pickle_and_differ(folder):
-  embedders = [BertEmbedder(str(folder), bucket_lengths=(24,)), LexicalEmbedder(), LexicalEmbedder(lowercase=False),
-               LexicalEmbedder(punctuation_weight=1.0), RandomEmbedder(), RandomEmbedder(seed=1)]
+  embedders = [BertEmbedder(str(folder), bucket_lengths=(24,)), LexicalEmbedder(),
+               LexicalEmbedder(lowercase=False), LexicalEmbedder(punctuation_weight=1.0),
+               RandomEmbedder(), RandomEmbedder(seed=1)]
   for embedder in embedders:
     vectors = embedder.embed(['A bird .', 'sings'])
     copy = pickle.loads(pickle.dumps(embedder))
@@ -331,7 +334,8 @@ def test_hashing_embedders_need_no_jax():
 
 
 @pytest.mark.parametrize('make', [
-    lambda: LexicalEmbedder(dimension=0), lambda: LexicalEmbedder(word_ngrams=0),
+    lambda: LexicalEmbedder(dimension=0),
+    lambda: LexicalEmbedder(word_ngrams=0, character_ngrams=0),
     lambda: LexicalEmbedder(word_ngrams=-1, character_ngrams=2),
     lambda: RandomEmbedder(dimension=-1)])
 def test_impossible_settings_are_refused(make):
