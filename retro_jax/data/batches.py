@@ -111,7 +111,8 @@ def batches(
   """
   from retro_jax.data import tasks  # pylint: disable=import-outside-toplevel
   providers, rates = tasks.parts(name, split)
-  order = ExampleOrder([len(task.source.examples[split]) for task in providers], rates, seed, shuffle)
+  sizes = [len(task.source.examples[split]) for task in providers]
+  order = ExampleOrder(sizes, rates, seed, shuffle)
   wanted = np.arange(batch_size)[rows or slice(None)]
 
   def stream() -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -12,7 +12,7 @@ import functools
 import math
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -134,7 +134,8 @@ class RecordLayout:
       data = record[12:-4]
       if not np.array_equal(record[:12], self._frame) or not np.array_equal(
           data[self._fixed], self._template[self._fixed]):
-        raise UserError(f'{where}, row {i}: not a record of the expected layout; rebuild the examples')
+        raise UserError(
+            f'{where}, row {i}: not a record of the expected layout; rebuild the examples')
       if masked_crc(data.tobytes()) != int(record[-4:].view('<u4')[0]):
         raise UserError(f'{where}, row {i}: checksum of the record is wrong; rebuild the examples')
     result = {}
@@ -219,10 +220,10 @@ class RecordWriter:
     """Adds one sequence and its neighbours."""
     if self._written % self._per_shard == 0:
       self.close()
-      self._files = {
-          name: open(shard_path(self._folder, name, self._written // self._per_shard,  # pylint: disable=consider-using-with
-                                self._num_shards), 'wb')
-          for name in self._layouts}
+      shard = self._written // self._per_shard
+      for name in self._layouts:
+        path = shard_path(self._folder, name, shard, self._num_shards)
+        self._files[name] = open(path, 'wb')  # pylint: disable=consider-using-with
     for name, arrays in ((EXAMPLES, example), (NEIGHBORS, neighbors)):
       self._files[name].write(self._layouts[name].encode(arrays))
     self._written += 1
@@ -278,7 +279,7 @@ class Examples:
                       f'{size}; rebuild the examples')
     return np.memmap(path, np.uint8, 'r', shape=(expected, size))
 
-  def read(self, indices: Iterable[int] | np.ndarray) -> dict[str, np.ndarray]:
+  def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
     """Examples by number, in any order; -1 gives an empty one.
 
     Returns:
@@ -290,7 +291,7 @@ class Examples:
       UserError: a record is damaged; says which file.
       IndexError: there is no such example.
     """
-    indices = np.asarray(list(indices) if not isinstance(indices, np.ndarray) else indices, np.int64)
+    indices = np.asarray(indices, np.int64)
     if indices.size and (indices.min() < -1 or indices.max() >= self.num_examples):
       raise IndexError(f'{self.folder}: examples {indices.min()}..{indices.max()} asked for, '
                        f'it holds 0..{self.num_examples - 1}')

@@ -161,8 +161,9 @@ def register_task(
   source = RetrievalExamplesSource(folders)
   for examples in source.examples.values():
     if not 1 <= num_neighbors <= examples.shape.num_neighbors:
-      raise UserError(f'{examples.folder}: holds {examples.shape.num_neighbors} neighbours a chunk, '
-                      f'{num_neighbors} asked for; retrieve more or lower num_neighbors')
+      raise UserError(
+          f'{examples.folder}: holds {examples.shape.num_neighbors} neighbours a chunk, '
+          f'{num_neighbors} asked for; retrieve more or lower num_neighbors')
   size = next(iter(source.examples.values())).manifest['vocabulary']['size']
   vocabulary = seqio.PassThroughVocabulary(size=size)
   numbers = seqio.PassThroughVocabulary(size=0)

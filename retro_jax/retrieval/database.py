@@ -35,7 +35,8 @@ KIND = 'chunk-database'
 FORMAT_VERSION = 1
 PAD_ID = 0
 _COLUMNS = ('tokens', 'valid_length', 'text_bytes', 'document')
-_EMBED_AT_ONCE = 1024
+# An embedder sorts these by length; each block is on disk before the next.
+_EMBED_AT_ONCE = 16384
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -57,8 +58,12 @@ class ChunkDatabase:
     embedder = manifest['embedder']
     self.embedding_dimension: int = embedder['dimension'] if embedder else 0
     self.embedder_fingerprint: str | None = embedder['fingerprint'] if embedder else None
-    self.fingerprint: str = manifest['fingerprint']
-    self.embedding_fingerprint: str = manifest['embedding_fingerprint']
+    # Of the content of all files, and of the embeddings alone, which is what an index needs.
+    checksums = {name: facts['sha256'] for name, facts in manifest['files'].items()}
+    self.fingerprint: str = storage.fingerprint(
+        [checksums, self.chunk_length, manifest['vocabulary'], self.embedder_fingerprint])
+    self.embedding_fingerprint: str = storage.fingerprint(
+        [sha for name, sha in sorted(checksums.items()) if name.endswith('embedding.npy')])
     self._starts = np.cumsum([0] + manifest['counts']['chunks_by_shard'])
 
   @classmethod
@@ -127,7 +132,7 @@ class ChunkDatabase:
     return tokens, lengths
 
   def document_info(self, ordinal: int) -> dict[str, Any]:
-    """What is known of one document: id, title, source, bytes, metadata, first_chunk, num_chunks."""
+    """One document: id, title, source, bytes, metadata, first_chunk, num_chunks."""
     if not 0 <= ordinal < self.num_documents:
       raise IndexError(f'document {ordinal} of {self.num_documents}')
     with open(self.folder / 'documents.jsonl', 'rb') as f:
@@ -252,15 +257,8 @@ def build_chunk_database(
       raise UserError(f'{json.dumps(source.describe(), default=str)[:200]}: no text in its '
                       f'{counts["documents"]} documents; check the pattern or field names')
     manifest['counts'] = counts
-    embeddings = []
     if embedder:
-      embeddings = _write_embeddings(temporary, counts, vocabulary, embedder)
-    contents = {str(p.relative_to(temporary)): storage.file_checksum(p)
-                for p in sorted(temporary.rglob('*')) if p.is_file()}
-    manifest['embedding_fingerprint'] = storage.fingerprint(
-        [contents[name] for name in embeddings])
-    manifest['fingerprint'] = storage.fingerprint(
-        [contents, chunk_length, manifest['vocabulary'], inputs['embedder']])
+      _write_embeddings(temporary, counts, vocabulary, embedder)
   return ChunkDatabase.open(folder)
 
 
@@ -348,10 +346,9 @@ def _write_chunks(
 
 
 def _write_embeddings(
-    folder: Path, counts: Mapping[str, Any], vocabulary: Any, embedder: Any) -> list[str]:
-  """Embeds every chunk into shard-*/embedding.npy; returns the names of the files."""
+    folder: Path, counts: Mapping[str, Any], vocabulary: Any, embedder: Any) -> None:
+  """Embeds every chunk into shard-*/embedding.npy, block after block."""
   progress = Progress('embeddings', counts['chunks'], 'chunks')
-  names = []
   for shard, rows in enumerate(counts['chunks_by_shard']):
     path = shard_folder(folder, shard) / 'embedding.npy'
     tokens = np.load(path.with_name('tokens.npy'), mmap_mode='r')
@@ -360,21 +357,19 @@ def _write_embeddings(
             (0, embedder.dimension), '<f2')
     for first in range(0, rows, _EMBED_AT_ONCE):
       block = tokens[first:first + _EMBED_AT_ONCE]
-      vectors = np.asarray(embedder.embed([vocabulary.decode(row.tolist()) for row in block]))
+      texts = [vocabulary.decode(row.tolist()) for row in block]
+      vectors = embedder.embed(texts, on_progress=progress.update)
       with np.errstate(over='ignore'):
         stored = vectors.astype('<f2')
       if not np.isfinite(stored).all():
         raise UserError(f'{embedder.describe()}: an embedding is not finite in float16; '
                         'use an embedder whose values stay below 65504')
       column[first:first + len(block)] = stored
-      progress.update(len(block))
     if rows:
       column.flush()
     else:
       np.save(path, column)
-    names.append(str(path.relative_to(folder)))
   progress.close()
-  return names
 
 
 def describe(database: ChunkDatabase) -> str:

@@ -135,13 +135,15 @@ def build_examples(
   if config.kind not in ('nearest', 'random'):
     raise UserError(f"neighbour kind {config.kind!r} is unknown; expected 'nearest' or 'random'")
   if config.num_neighbors < 1 or config.examples_per_shard < 1 or config.margin < 0:
-    raise UserError(f'num_neighbors is {config.num_neighbors}, examples_per_shard '
-                    f'{config.examples_per_shard}, margin {config.margin}; expected at least 1, 1, 0')
+    raise UserError(
+        f'num_neighbors is {config.num_neighbors}, examples_per_shard {config.examples_per_shard}, '
+        f'margin {config.margin}; expected at least 1, 1 and 0')
   policy = Policy(config.policy, queries, database)
   index_manifest = None
   if config.kind == 'nearest':
     if index_folder is None:
-      raise UserError(f'{folder}: nearest neighbours need an index; build one over {database.folder}')
+      raise UserError(
+          f'{folder}: nearest neighbours need an index; build one over {database.folder}')
     index_manifest = storage.read_manifest(index_folder, index_lib.KIND)
   inputs = {
       'format_version': records.FORMAT_VERSION,
@@ -170,7 +172,8 @@ def build_examples(
       'vocabulary': queries.manifest['vocabulary'],
       'queries': {'folder': str(queries.folder), 'fingerprint': queries.fingerprint},
       'database': {'folder': str(database.folder), 'fingerprint': database.fingerprint},
-      'index': index_manifest and {k: index_manifest.get(k) for k in ('search', 'settings', 'recall')},
+      'index': index_manifest and {
+          key: index_manifest.get(key) for key in ('search', 'settings', 'recall')},
       'neighbors': config.kind, 'policy': policy.description}
   with storage.building(folder, manifest) as temporary:
     _write(temporary, shape, queries, database, index, policy, sequences, config)

@@ -53,8 +53,8 @@ class Policy:
       ordinal = database.ordinal_of(document)
       if ordinal is not None:
         self._denied[ordinal] = True
-    self._of_query = np.array(
-        [-1 if (o := database.ordinal_of(i)) is None else o for i in queries.document_ids], np.int64)
+    ordinals = [database.ordinal_of(document) for document in queries.document_ids]
+    self._of_query = np.array([-1 if o is None else o for o in ordinals], np.int64)
     self._database = database
 
   @property

@@ -78,7 +78,8 @@ def test_empty_example(tmp_path):
   for row in (0, 2):
     assert not read['tokens'][row].any() and not read['neighbor_tokens'][row].any()
     assert (read['chunk_ids'][row] == -1).all() and (read['documents'][row] == -1).all()
-    assert (read['neighbor_ids'][row] == -1).all() and np.isinf(read['neighbor_distances'][row]).all()
+    assert (read['neighbor_ids'][row] == -1).all()
+    assert np.isinf(read['neighbor_distances'][row]).all()
   assert read['tokens'][1].any()
   for bad in (1, -2):
     with pytest.raises(IndexError):

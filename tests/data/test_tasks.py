@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import seqio
 import tensorflow as tf
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.data import features, tasks
@@ -89,7 +89,7 @@ def test_shorter_sequences_keep_right_targets(made):
     assert row['targets'].tolist() == targets
 
 
-@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=6, deadline=None)
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 6), l=st.integers(1, 4))
 def test_every_text_token_is_a_target_once(tmp_path_factory, seed, count, l):
   rows = worlds.documents(seed, count, longest=25) + [Document('empty', ''), Document('x', 'y')]

@@ -126,8 +126,10 @@ def test_scann_answers_the_same_in_another_process(scann_folder, vectors, tmp_pa
 import numpy as np
 from retro_jax.retrieval.index import IndexConfig, build_index, load_index
 v = np.load({str(tmp_path / 'v.npy')!r})
-for name, index in (('loaded', load_index({str(scann_folder)!r})), ('rebuilt', build_index(
-    {str(tmp_path / 'again')!r}, v, IndexConfig(kind='scann', recall_sample=200), fingerprint='abc'))):
+config = IndexConfig(kind='scann', recall_sample=200)
+for name, index in (
+    ('loaded', load_index({str(scann_folder)!r})),
+    ('rebuilt', build_index({str(tmp_path / 'again')!r}, v, config, fingerprint='abc'))):
   ids, distances = index.search(v[:300].astype(np.float32), 12)
   np.savez({str(tmp_path)!r} + '/' + name, ids=ids, distances=distances)
 '''

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
@@ -12,8 +12,7 @@ from retro_jax.retrieval.search import (
     check_same_space, neighbors_of_sequences, random_neighbors, sequence_chunk_ids)
 from tests import worlds
 
-FEW = settings(max_examples=12, deadline=None,
-               suppress_health_check=[HealthCheck.function_scoped_fixture])
+FEW = settings(max_examples=12, deadline=None)
 
 
 def exact_index(store):
