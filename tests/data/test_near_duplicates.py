@@ -14,7 +14,8 @@ def brute_force_sets(texts, width):
   for text in texts:
     words = re.findall(r'\w+', text.lower())
     size = min(width, len(words))
-    sets.append({tuple(words[i:i + size]) for i in range(len(words) - size + 1)} if words else set())
+    starts = range(len(words) - size + 1) if words else ()
+    sets.append({tuple(words[i:i + size]) for i in starts})
   return sets
 
 

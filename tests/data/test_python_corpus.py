@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from retro_jax.data.python_corpus import PythonLibrary
+from retro_jax.data.python_corpus import FAMILIES, PythonLibrary
 from retro_jax.errors import UserError
 
 SETTINGS = dict(held_out=0.1, smallest_file=20)
@@ -128,6 +128,21 @@ def test_running_python():
   assert {d.source for d in documents} == {'stdlib', 'numpy'}
   assert {d.id.split('/')[1] for d in documents} == {'json', 'email', 'polynomial'}
   assert all('site-packages' not in d.id for d in documents)
+
+
+def test_default_folders_are_those_of_the_running_python(tree):
+  everything = PythonLibrary(folders=(), roots=(str(tree),), **SETTINGS)
+  assert [d.id for d in everything.documents()] == ids(tree)
+  library = PythonLibrary(split='valid')
+  documents = list(library.documents())
+  assert documents and all(d.id.startswith(FAMILIES) for d in documents)
+  assert library.describe()['folders'] == list(FAMILIES)
+
+
+def test_budget_takes_whole_folders(tree):
+  size = (tree / 'one' / 'module_0.py').stat().st_size
+  library = PythonLibrary(roots=(str(tree),), max_bytes=50 * size, **SETTINGS)
+  assert {d.id.split('/')[1] for d in library.documents()} - {'docs'} in ({'one'}, {'copy'})
 
 
 def test_refusals(tree, tmp_path):
