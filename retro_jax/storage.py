@@ -87,6 +87,19 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
     f.write('\n')
 
 
+def as_json(value: Any) -> Any:
+  """`value` as it would come back from a JSON file."""
+  return json.loads(json.dumps(value, default=str))
+
+
+def read_json(path: str | os.PathLike, default: Any) -> Any:
+  """The content of a JSON file, or `default` when there is none."""
+  try:
+    return json.loads(Path(path).read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return default
+
+
 def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
   """The manifest of a finished artefact.
 
@@ -112,6 +125,6 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
 def is_current(folder: str | os.PathLike, kind: str, inputs: Mapping[str, Any]) -> bool:
   """Whether `folder` holds a finished artefact made from exactly these `inputs`."""
   try:
-    return read_manifest(folder, kind).get('inputs') == json.loads(json.dumps(inputs, default=str))
+    return read_manifest(folder, kind).get('inputs') == as_json(inputs)
   except UserError:
     return False

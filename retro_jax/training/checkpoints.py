@@ -6,15 +6,26 @@ parameters mean, so that evaluation and sampling need the run's folder and nothi
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
+import safetensors.numpy
 
+from retro_jax import storage
 from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
+from retro_jax.models.retro import Parameters, init_parameters
 from retro_jax.training.state import TrainState, from_plain, to_plain
+
+CHECKPOINTS = 'checkpoints'
+MODEL_JSON = 'model.json'
+SAFETENSORS = 'model.safetensors'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,31 +75,72 @@ class Checkpoints:
     self._manager.close()
 
 
-def write_model_description(folder: Path, model: RetroConfig, vocabulary: dict[str, Any]) -> None:
+def write_model_description(folder: str | Path, model: RetroConfig,
+                            vocabulary: Mapping[str, Any]) -> None:
   """Leaves `model.json`: the model's config and which vocabulary its ids belong to."""
-  from retro_jax import storage
-  storage.write_json(folder / 'model.json',
-                     {'model': dataclasses.asdict(model), 'vocabulary': vocabulary})
+  storage.write_json(Path(folder) / MODEL_JSON,
+                     {'model': dataclasses.asdict(model), 'vocabulary': dict(vocabulary)})
 
 
-def read_model_description(folder: str | Path) -> tuple[RetroConfig, dict[str, Any]]:
-  """The inverse of `write_model_description`."""
-  path = Path(folder) / 'model.json'
+def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, Any]]:
+  """A finished model: config, float32 parameters on the default device, its vocabulary's facts.
+
+  Args:
+    folder: of a run (its newest checkpoint is taken) or of an exported model.
+
+  Raises:
+    UserError: no model there, none finished, or parameters that do not fit `model.json`.
+  """
+  path = Path(folder) / MODEL_JSON
   try:
     described = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
-    raise UserError(f'{folder}: no trained model there (no model.json); train one first') from None
-  return RetroConfig(**described['model']), described['vocabulary']
+    raise UserError(f'{folder}: no trained model there (no {MODEL_JSON}); train one first') from None
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path}: not valid JSON ({error}); export or train the model again') from None
+  model = RetroConfig(**described['model'])
+  exported = Path(folder) / SAFETENSORS
+  found = _read_exported(exported) if exported.exists() else _read_newest(Path(folder))
+  expected = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
+  for name, leaf in expected.items():
+    if name not in found or found[name].shape != leaf.shape:
+      shape = found[name].shape if name in found else 'nothing'
+      raise UserError(f'{folder}: parameter {name} is {shape}, {MODEL_JSON} asks for {leaf.shape}; '
+                      'the two do not belong together')
+  return model, {name: jnp.asarray(found[name], jnp.float32) for name in expected}, described['vocabulary']
 
 
-def load_parameters(folder: str | Path) -> dict[str, jax.Array]:
-  """The newest parameters of a run folder, on this host's default device."""
-  manager = ocp.CheckpointManager(Path(folder).absolute() / 'checkpoints')
-  step = manager.latest_step()
+def export_model(run_dir: str | Path, folder: str | Path, facts: Mapping[str, Any],
+                 dtype: str = 'float32') -> None:
+  """Writes the newest parameters of a run as one safetensors file with `model.json`.
+
+  Args:
+    run_dir: of the training run.
+    folder: to write, replaced as a whole.
+    facts: about the training, kept in the manifest.
+    dtype: of the stored values, 'float32' or 'float16'.
+  """
+  model, parameters, vocabulary = load_model(run_dir)
+  with storage.building(folder, {'kind': 'exported-model', **facts}) as temporary:
+    write_model_description(temporary, model, vocabulary)
+    safetensors.numpy.save_file(
+        {name: np.asarray(value, dtype) for name, value in parameters.items()},
+        temporary / SAFETENSORS)
+
+
+def _read_exported(path: Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors.numpy.load_file(path)
+  except safetensors.SafetensorError as error:
+    raise UserError(f'{path}: damaged ({error}); export the model again') from None
+
+
+def _read_newest(run_dir: Path) -> dict[str, jax.Array]:
+  folder = run_dir / CHECKPOINTS
+  manager = ocp.CheckpointManager(folder.absolute()) if folder.exists() else None
+  step = manager.latest_step() if manager else None
   if step is None:
-    raise UserError(f'{folder}: holds no finished checkpoint; train first')
-  metadata = manager.item_metadata(step)
-  del metadata
+    raise UserError(f'{run_dir}: holds no finished checkpoint; train first')
   restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
   manager.close()
   return restored.state['parameters']

@@ -21,7 +21,10 @@ from retro_jax.evaluation import bits_per_byte
 from retro_jax.models.config import RetroConfig
 from retro_jax.progress import duration
 from retro_jax.training import checkpoints, optimizer, partitioning, state, step
+from retro_jax.training.checkpoints import CheckpointConfig
 from retro_jax.training.metrics import MetricWriter
+from retro_jax.training.optimizer import OptimizerConfig
+from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,10 +70,10 @@ class TrainJob:
   model: RetroConfig
   data: DataConfig
   training: TrainingConfig = TrainingConfig()
-  optimizer: optimizer.OptimizerConfig = optimizer.OptimizerConfig()
-  mesh: partitioning.MeshConfig = partitioning.MeshConfig()
-  rules: partitioning.ShardingRules = partitioning.ShardingRules()
-  checkpoints: checkpoints.CheckpointConfig = checkpoints.CheckpointConfig()
+  optimizer: OptimizerConfig = OptimizerConfig()
+  mesh: MeshConfig = MeshConfig()
+  rules: ShardingRules = ShardingRules()
+  checkpoints: CheckpointConfig = CheckpointConfig()
 
 
 def train(job: TrainJob) -> dict[str, float]:
@@ -98,7 +101,7 @@ def train(job: TrainJob) -> dict[str, float]:
   checkpoints.write_model_description(run_dir, model, data.vocabulary)
   with storage.atomic_file(run_dir / 'model-info.txt') as f:
     f.write(state.sharding_table(model, abstract) + '\n')
-  saved = checkpoints.Checkpoints(run_dir / 'checkpoints', job.checkpoints)
+  saved = checkpoints.Checkpoints(run_dir / checkpoints.CHECKPOINTS, job.checkpoints)
   position = {'data': data.fingerprint, 'seed': job.data.seed, 'batch_size': config.batch_size,
               'steps': config.steps}
   current = saved.restore(abstract, position)

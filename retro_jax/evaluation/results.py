@@ -1,0 +1,54 @@
+"""`results.json`: numbers together with what they were measured on, and by which command."""
+
+import dataclasses
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from retro_jax import storage
+from retro_jax.data import records
+from retro_jax.evaluation.bits_per_byte import Score, gain_interval
+
+RESULTS = 'results.json'
+
+
+def rows(scores: Mapping[str, Score], source: str, num_neighbors: int) -> list[dict[str, Any]]:
+  """One row a setting, with its 95 % interval over sequences."""
+  result = []
+  for setting, score in scores.items():
+    low, high = score.interval()
+    row = {'setting': setting, 'source': source, 'bits_per_byte': score.bits_per_byte, 'low': low,
+           'high': high, 'bytes': int(score.text_bytes.sum()), 'tokens': int(score.tokens.sum())}
+    if setting in ('retro_on', 'retro_random'):
+      row['k'] = num_neighbors
+    result.append(row)
+  return result
+
+
+def gains(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
+  """How far retro_on is below the other settings, as a fraction, with a paired 95 % interval."""
+  result = {}
+  on = scores.get('retro_on')
+  for setting, score in scores.items():
+    if on is not None and setting != 'retro_on':
+      low, high = gain_interval(on, score)
+      result[f'over_{setting}'] = {'gain': 1 - on.bits.sum() / score.bits.sum(), 'low': low, 'high': high}
+  return result
+
+
+def examples_facts(folder: str | Path) -> dict[str, Any]:
+  """Which text, which database and which policy a folder of examples stands for."""
+  manifest = storage.read_manifest(folder, records.KIND)
+  keys = ('neighbors', 'policy', 'queries', 'database', 'index', 'vocabulary', 'sequence_length',
+          'chunk_length')
+  return {key: manifest[key] for key in keys}
+
+
+def write(folder: str | Path, config: Any, body: Mapping[str, Any]) -> Path:
+  """Writes `results.json` with the job's config and the command beside the numbers."""
+  path = Path(folder) / RESULTS
+  path.parent.mkdir(parents=True, exist_ok=True)
+  storage.write_json(path, {'command': ' '.join(['python', *sys.argv]),
+                            'config': dataclasses.asdict(config), **body})
+  return path
