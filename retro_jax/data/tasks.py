@@ -125,15 +125,15 @@ class AddTargets:
 
   def _convert(self, features: Mapping[str, tf.Tensor]) -> dict[str, tf.Tensor]:
     # Chunks hold one document each, so a successor in another chunk counts when the two
-    # chunks are of one document; padding, also inside a chunk, is never predicted. The token
-    # after the sequence is stored, as 0 unless the document goes on.
+    # chunks are of one document. Padding ends a document's last chunk and is followed by more
+    # or by another document, so its target is 0 too. The token after the sequence is stored,
+    # as 0 unless the document goes on.
     features = dict(features)
     tokens, documents = features['tokens'], features['documents']
     of_token = tf.repeat(documents, tokens.shape[0] // documents.shape[0])
     following = tf.concat([tokens[1:], features.pop('next_token')], 0)
     same = tf.concat([of_token[1:] == of_token[:-1], [True]], 0)
-    features['targets'] = tf.where(
-        same & (tokens != 0) & (of_token >= 0), following, 0)
+    features['targets'] = tf.where(same, following, 0)
     del features['neighbor_distances']
     for name in ('neighbor_ids', 'neighbor_tokens'):
       features[name] = features[name][:, :self.num_neighbors]

@@ -54,8 +54,19 @@ def test_exact_search_equals_a_loop(seed, n, d, k, block, forbid):
 def test_exact_search_with_more_copies_than_candidates():
   vectors = np.tile(np.array([[1.1, 0.3, -0.7]], np.float32), (200, 1))
   vectors[150] = [5, 5, 5]
-  ids, distances = exact_search(vectors[:1], [(0, vectors[:77]), (77, vectors[77:])], 9)
-  assert ids.tolist() == [list(range(9))] and not distances.any()
+  queries = np.array([[1.1, 0.3, -0.7], [9, 9, 9], [1.2, 0.3, -0.7]], np.float32)
+  ids, distances = exact_search(queries, [(0, vectors[:77]), (77, vectors[77:])], 9)
+  assert ids.tolist() == [list(range(9)), [150] + list(range(8)), list(range(9))]
+  assert not distances[0].any()
+
+
+def test_exact_search_among_hundreds_of_ties():
+  vectors = np.random.default_rng(0).integers(0, 3, (1500, 2)).astype(np.float32)
+  queries = vectors[:20]
+  ids, distances = exact_search(queries, [(0, vectors[:1000]), (1000, vectors[1000:])], 7)
+  expected_ids, expected = slow_search(queries, vectors, 7)
+  np.testing.assert_array_equal(ids, expected_ids)
+  np.testing.assert_array_equal(distances, expected)
 
 
 @pytest.fixture(scope='module')

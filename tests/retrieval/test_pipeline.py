@@ -87,6 +87,19 @@ def test_changed_inputs_rebuild_all_that_depends_on_them(tmp_path, rows, capsys)
   assert out.count('current, skipped') == 2 and other.shape.num_neighbors == 2
 
 
+def test_random_neighbours_of_a_changed_database_are_drawn_anew(tmp_path, rows):
+  queries = worlds.store(tmp_path / 'queries', rows[:2])
+  config = ExamplesConfig(**{**vars(SMALL), 'kind': 'random'})
+  for part in (rows, rows[3:]):
+    database = worlds.store(tmp_path / 'db', part)
+    examples = pipeline.build_examples(tmp_path / 'x', queries, database, None, config)
+    assert examples.manifest['database']['fingerprint'] == database.fingerprint
+    read = examples.read(range(len(examples)))
+    there = read['neighbor_ids'] >= 0
+    np.testing.assert_array_equal(
+        read['neighbor_tokens'][there], database.with_continuation(read['neighbor_ids'][there])[0])
+
+
 def test_changed_deny_file_rebuilds(tmp_path, rows):
   deny = tmp_path / 'deny.txt'
   deny.write_text('')
