@@ -1,0 +1,101 @@
+"""Neighbours of a chunk that has just been written: embed, search, continue (paper section 2).
+
+The same three steps as offline (retrieval/pipeline.py), for one chunk at a time. When a
+chunk is complete and what the model does with its neighbours is decided in decode.py.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from retro_jax.data.vocabulary import Vocabulary
+from retro_jax.errors import UserError
+from retro_jax.retrieval.database import ChunkDatabase
+from retro_jax.retrieval.embedders import Embedder
+from retro_jax.retrieval.index import Index
+
+
+@dataclasses.dataclass(frozen=True)
+class FoundNeighbors:
+  """RET(C) of one chunk, nearest first.
+
+  Attributes:
+    ids: chunks of the database, int64 [k]; -1 where there is none.
+    distances: squared L2 between embeddings, float32 [k]; inf where there is none.
+    tokens: int32 [k, r], each neighbour and its continuation in its document, 0 for padding.
+    lengths: int32 [k], tokens that are not padding; 0 where there is none.
+  """
+
+  ids: np.ndarray
+  distances: np.ndarray
+  tokens: np.ndarray
+  lengths: np.ndarray
+
+
+class LiveRetriever:
+  """Finds the neighbours of new chunks in a finished database.
+
+  Attributes:
+    database: that is searched.
+    chunk_length: m of the database.
+    num_neighbors: k.
+    vocabulary_fingerprint: of the token ids of the database.
+  """
+
+  def __init__(self, database: ChunkDatabase, index: Index, embedder: Embedder,
+               vocabulary: Vocabulary, num_neighbors: int):
+    """Puts the parts together.
+
+    Raises:
+      UserError: the embedder or the vocabulary is not the one the database was built with, the
+        index holds another number of vectors, or `num_neighbors` is less than 1.
+    """
+    if num_neighbors < 1:
+      raise UserError(f'num_neighbors is {num_neighbors}, expected at least 1; '
+                      'to read no neighbours, turn retrieval off')
+    if database.vocabulary_fingerprint != vocabulary.fingerprint:
+      raise UserError(
+          f'{database.folder} was built with vocabulary {database.vocabulary_fingerprint}, but '
+          f'{vocabulary.path} is {vocabulary.fingerprint}; give the vocabulary of the database')
+    if database.embedder_fingerprint != embedder.fingerprint:
+      built = _kind(database.manifest['embedder'])
+      raise UserError(
+          f'{database.folder} was built with embedder {built} {database.embedder_fingerprint}, '
+          f'but chunks would be embedded by {embedder.describe().get("kind")} '
+          f'{embedder.fingerprint}; choose the embedder of the database')
+    if index.size != database.num_chunks:
+      raise UserError(f'the index holds {index.size:,} vectors, but {database.folder} holds '
+                      f'{database.num_chunks:,} chunks; build the index of this database')
+    self.database = database
+    self.chunk_length = database.chunk_length
+    self.num_neighbors = num_neighbors
+    self.vocabulary_fingerprint = vocabulary.fingerprint
+    self._index, self._embedder, self._vocabulary = index, embedder, vocabulary
+
+  def neighbors(self, chunk_tokens: np.ndarray) -> FoundNeighbors:
+    """The k nearest chunks of the database, with their continuations.
+
+    Nothing is filtered: text that is being written belongs to no document yet.
+
+    Args:
+      chunk_tokens: int [m], a complete chunk.
+
+    Raises:
+      UserError: the chunk has another length than those of the database.
+    """
+    chunk_tokens = np.asarray(chunk_tokens)
+    if chunk_tokens.shape != (self.chunk_length,):
+      raise UserError(f'a chunk of shape {list(chunk_tokens.shape)} was asked for neighbours, but '
+                      f'{self.database.folder} holds chunks of {self.chunk_length} tokens; '
+                      'use a model of that chunk length')
+    text = self._vocabulary.decode(chunk_tokens.tolist())
+    # Rounded as stored vectors are, so that a chunk of the database is at distance 0 of itself.
+    vector = self._embedder.embed([text]).astype('<f2').astype(np.float32)
+    ids, distances = (found[0] for found in self._index.search(vector, self.num_neighbors))
+    return FoundNeighbors(ids, distances, *self.database.with_continuation(ids))
+
+
+def _kind(described: dict[str, Any] | None) -> str:
+  """'bert', 'lexical', ... of a database's manifest."""
+  return described['description'].get('kind', '?') if described else 'no'
