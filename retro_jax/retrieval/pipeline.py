@@ -1,4 +1,4 @@
-"""The offline stages in order: documents, chunks, embeddings, index, neighbours, records.
+"""The offline stages in order: vocabulary, chunks, embeddings, index, neighbours, records.
 
 Each stage is a function of a frozen config and of what came before. It says in one line
 what it does, or that it is skipped because the folder is current; changed inputs build the
@@ -8,12 +8,14 @@ in database.py, index.py and data/records.py.
 
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from retro_jax import storage
 from retro_jax.data import records
+from retro_jax.data.vocabulary import Vocabulary, train_vocabulary
 from retro_jax.errors import UserError
 from retro_jax.progress import Progress
 from retro_jax.retrieval import database as database_lib
@@ -63,6 +65,41 @@ class ExamplesConfig:
   seed: int = 0
   examples_per_shard: int = 4096
   policy: PolicyConfig = PolicyConfig()
+
+
+def build_vocabulary(path: str | os.PathLike, source: Any, size: int, seed: int = 0) -> Vocabulary:
+  """Stage 0: a vocabulary trained on a sample of a source.
+
+  What it was trained on stands beside it in `path`.inputs. A model without that file is someone
+  else's: it is loaded, never replaced.
+
+  Args:
+    path: the SentencePiece model.
+    source: of documents.
+    size: number of pieces; 0 only loads.
+    seed: of the sample.
+
+  Raises:
+    UserError: nothing to load, a model that is unfit, or too little text for the size.
+  """
+  facts = Path(f'{path}.inputs')
+  if not size or (Path(path).exists() and not facts.exists()):
+    vocabulary = Vocabulary.load(path)
+    print(f'vocabulary {path}: loaded, {vocabulary.size:,} pieces', flush=True)
+    return vocabulary
+  inputs = {'source': source.describe(), 'size': size, 'seed': seed}
+  if Path(path).exists() and facts.read_text(encoding='utf-8') == storage.fingerprint(inputs):
+    vocabulary = Vocabulary.load(path)
+    print(f'vocabulary {path}: current, skipped; {vocabulary.size:,} pieces', flush=True)
+    return vocabulary
+  # In this order no kill can leave a model beside inputs that are not its own.
+  Path(path).unlink(missing_ok=True)
+  with storage.atomic_file(facts) as file:
+    file.write(storage.fingerprint(inputs))
+  vocabulary = train_vocabulary(
+      (document.text for document in source.documents()), path, size, seed)
+  print(f'vocabulary {path}: trained, {vocabulary.size:,} pieces', flush=True)
+  return vocabulary
 
 
 def build_database(

@@ -100,6 +100,25 @@ def test_random_neighbours_of_a_changed_database_are_drawn_anew(tmp_path, rows):
         read['neighbor_tokens'][there], database.with_continuation(read['neighbor_ids'][there])[0])
 
 
+def test_vocabulary_is_trained_skipped_retrained_or_only_loaded(tmp_path, rows, capsys):
+  source = worlds.write_source(tmp_path / 'in.jsonl', rows)
+  said = []
+
+  def build(size):
+    vocabulary = pipeline.build_vocabulary(tmp_path / 'v.model', source, size)
+    said.append(capsys.readouterr().out.split(': ')[1].split()[0].strip(',;'))
+    return vocabulary.fingerprint
+
+  first = build(384)
+  assert build(384) == build(0) == first
+  worlds.write_source(tmp_path / 'in.jsonl', rows[1:])
+  other = build(380)
+  assert other != first
+  (tmp_path / 'v.model.inputs').unlink()
+  assert build(384) == other
+  assert said == ['trained', 'current', 'loaded', 'trained', 'loaded']
+
+
 def test_changed_deny_file_rebuilds(tmp_path, rows):
   deny = tmp_path / 'deny.txt'
   deny.write_text('')
