@@ -1,6 +1,7 @@
 """The order of examples, resuming, slices of processes, and the place on a mesh."""
 
 import itertools
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -203,6 +204,44 @@ def test_global_arrays_on_eight_devices():
           'XLA_FLAGS': '--xla_force_host_platform_device_count=8', 'JAX_PLATFORMS': 'cpu',
           'PATH': '/usr/bin:/bin'})
   assert result.stdout == 'done\n', result.stderr[-2000:]
+
+
+PROCESS = '''
+import sys
+import jax, numpy as np
+jax.config.update('jax_num_cpu_devices', 4)
+port, process, folder = sys.argv[1:]
+jax.distributed.initialize(f'localhost:{port}', 2, int(process))
+from jax.sharding import AxisType
+from retro_jax.data import batches, tasks
+tasks.register_task('t', folder, 2)
+whole = next(batches.batches('t', 8, seed=1))
+for shape, mine in (((8, 1, 1), 4), ((2, 2, 2), 4), ((1, 2, 4), 4), ((1, 1, 8), 8)):
+  mesh = jax.make_mesh(shape, ('data', 'fsdp', 'tensor'), axis_types=(AxisType.Auto,) * 3)
+  rows = batches.rows_of_process(mesh, 8)
+  assert rows.stop - rows.start == mine, rows
+  out = batches.to_global(next(batches.batches('t', 8, seed=1, rows=rows)), mesh)
+  for name, value in out.items():
+    assert value.shape == whole[name].shape
+    for shard in value.addressable_shards:
+      np.testing.assert_array_equal(np.asarray(shard.data), whole[name][shard.index])
+print('done')
+'''
+
+
+def test_global_arrays_of_two_processes(made):
+  """Each process reads only its rows; together they hold the batch of one process."""
+  with socket.socket() as free:
+    free.bind(('localhost', 0))
+    port = free.getsockname()[1]
+  environment = {'JAX_PLATFORMS': 'cpu', 'PATH': '/usr/bin:/bin'}
+  processes = [subprocess.Popen(
+      [sys.executable, '-c', PROCESS, str(port), str(i), str(made['one'][1].folder)], text=True,
+      cwd=Path(retro_jax.__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      env=environment) for i in range(2)]
+  for process in processes:
+    out, errors = process.communicate(timeout=180)
+    assert out == 'done\n', errors[-2000:]
 
 
 def test_a_run_that_stops_reading_leaves_the_process_in_peace(made):
