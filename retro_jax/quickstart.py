@@ -11,14 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from retro_jax import configuration, storage
+from retro_jax import configuration, generate
 from retro_jax.data.python_corpus import PythonLibrary
-from retro_jax.data.vocabulary import Vocabulary, train_vocabulary
+from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.evaluation import ablations, report, results, showcase
 from retro_jax.evaluation.ablations import EvaluationConfig
 from retro_jax.models.config import RetroConfig
 from retro_jax.progress import duration
 from retro_jax.retrieval import pipeline
+from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
@@ -89,7 +90,7 @@ def quickstart(job: QuickstartJob) -> None:
     clock.start('the pretrained RETRO')
     scores = ablations.compare(job.pretrained, '', nearest['test'], random['test'],
                                job.evaluation, job.mesh)
-    _add(body, scores, 'pretrained', job)
+    _add(body, scores, 'pretrained', job, stores['test'])
   clock.start('training')
   runs = {}
   for name, model in (('baseline', job.model.baseline()), ('retro', job.model)):
@@ -103,7 +104,7 @@ def quickstart(job: QuickstartJob) -> None:
   clock.start('evaluation')
   scores = ablations.compare(runs['retro'], runs['baseline'], nearest['test'], random['test'],
                              job.evaluation, job.mesh)
-  _add(body, scores, '', job)
+  _add(body, scores, '', job, stores['test'])
 
   clock.start('sample, picture and page')
   best = job.pretrained or runs['retro']
@@ -118,10 +119,12 @@ def quickstart(job: QuickstartJob) -> None:
                             'sequence_length': job.examples.sequence_length} for name in runs},
       'seconds': clock.seconds(),
   }
-  showcase.neighbors_page(folder / 'neighbors.html', best, nearest['test'], stores, vocabulary, body)
-  sample = showcase.sample(best, stores, folder / 'index', job.embedder, vocabulary,
-                           job.sample_tokens)
-  body['sample'] = sample
+  showcase.neighbors_page(folder / 'neighbors.html', best, nearest['test'], stores['test'],
+                          stores['train'], vocabulary, body)
+  written = showcase.sample(best, stores['test'], stores['train'], folder / 'index', job.embedder,
+                            vocabulary, job.sample_tokens)
+  body['sample'] = dataclasses.asdict(written)
+  print(generate.describe(written))
   report.loss_picture(folder / 'results.png', metrics, body)
   path = results.write(folder, job, body)
   print('\n' + report.results_table(body))
@@ -130,20 +133,8 @@ def quickstart(job: QuickstartJob) -> None:
 
 
 def _vocabulary(job: QuickstartJob, folder: Path) -> Vocabulary:
-  if job.vocabulary:
-    vocabulary = Vocabulary.load(job.vocabulary)
-    print(f'vocabulary: loaded {job.vocabulary}, {vocabulary.size:,} pieces', flush=True)
-    return vocabulary
-  path, facts = folder / 'vocabulary.model', folder / 'vocabulary.json'
-  source = dataclasses.replace(job.corpus, split='train')
-  inputs = {'corpus': source.describe(), 'size': job.model.vocab_size}
-  if path.exists() and storage.read_json(facts, default=None) == storage.as_json(inputs):
-    print(f'vocabulary {path}: current, skipped', flush=True)
-    return Vocabulary.load(path)
-  vocabulary = train_vocabulary((d.text for d in source.documents()), path, job.model.vocab_size)
-  storage.write_json(facts, inputs)
-  print(f'vocabulary {path}: trained, {vocabulary.size:,} pieces', flush=True)
-  return vocabulary
+  path, size = (job.vocabulary, 0) if job.vocabulary else (folder / 'vocabulary.model', job.model.vocab_size)
+  return pipeline.build_vocabulary(path, dataclasses.replace(job.corpus, split='train'), size)
 
 
 def _examples(job: QuickstartJob, folder: Path, stores: dict[str, Any], split: str, kind: str) -> str:
@@ -154,11 +145,13 @@ def _examples(job: QuickstartJob, folder: Path, stores: dict[str, Any], split: s
   return str(out)
 
 
-def _add(body: dict[str, Any], scores: dict[str, Any], prefix: str, job: QuickstartJob) -> None:
+def _add(body: dict[str, Any], scores: dict[str, Any], prefix: str, job: QuickstartJob,
+         store: ChunkDatabase) -> None:
   """Adds one model's scores to the results under `bits_per_byte` or `bits_per_byte_<prefix>`."""
   suffix = f'_{prefix}' if prefix else ''
   body[f'bits_per_byte{suffix}'] = {name: score.bits_per_byte for name, score in scores.items()}
   body[f'gains{suffix}'] = results.gains(scores)
+  body[f'by_source{suffix}'] = results.by_source(scores, store)
   neighbors = job.evaluation.num_neighbors or job.model.num_neighbors
   body['rows'] += [{**row, 'model': prefix or 'trained here'}
                    for row in results.rows(scores, 'test', neighbors)]

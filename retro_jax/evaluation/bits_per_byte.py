@@ -21,7 +21,8 @@ _RESAMPLES = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-  """Per-sequence sums, float64 [s]: `bits`, `text_bytes`, `tokens`."""
+  """Sums by document, each [documents]: `ordinals` int, `bits`, `text_bytes`, `tokens` float64."""
+  ordinals: np.ndarray
   bits: np.ndarray
   text_bytes: np.ndarray
   tokens: np.ndarray
@@ -31,13 +32,18 @@ class Score:
     return float(self.bits.sum() / max(self.text_bytes.sum(), 1))
 
   def interval(self, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of bits-per-byte over sequences."""
+    """95 % bootstrap interval of bits-per-byte over documents."""
     return _bootstrap(lambda i: self.bits[i].sum() / max(self.text_bytes[i].sum(), 1),
                       len(self.bits), seed)
 
+  def of(self, ordinals: Sequence[int]) -> 'Score':
+    """The part that belongs to these documents."""
+    here = np.isin(self.ordinals, np.asarray(ordinals))
+    return Score(*(getattr(self, field.name)[here] for field in dataclasses.fields(self)))
+
 
 def gain_interval(better: Score, worse: Score, seed: int = 0) -> tuple[float, float]:
-  """95 % paired bootstrap interval of 1 - better / worse, both on the same sequences."""
+  """95 % paired bootstrap interval of 1 - better / worse, both on the same documents."""
   return _bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits), seed)
 
 
@@ -53,11 +59,17 @@ def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str,
     inputs: which of a batch's arrays the step takes.
     mesh: that the parameters lie on.
   """
-  sums = [evaluation_step(parameters, batches_lib.to_global({name: batch[name] for name in inputs}, mesh))
-          for batch in batches]
-  joined = {name: np.concatenate([np.asarray(s[name], np.float64) for s in sums]) for name in sums[0]}
-  real = joined['tokens'] > 0  # the last batch is filled up with empty sequences
-  return Score(**{name: values[real] for name, values in joined.items()})
+  columns: dict[str, list[np.ndarray]] = {'documents': [], 'bits': [], 'text_bytes': [], 'tokens': []}
+  for batch in batches:
+    sums = evaluation_step(
+        parameters, batches_lib.to_global({name: batch[name] for name in inputs}, mesh))
+    for name, values in columns.items():
+      values.append(np.asarray(sums[name], np.int64 if name == 'documents' else np.float64).ravel())
+  joined = {name: np.concatenate(values) for name, values in columns.items()}
+  real = joined['documents'] >= 0  # the rest is padding
+  ordinals, place = np.unique(joined['documents'][real], return_inverse=True)
+  by_document = lambda name: np.bincount(place, joined[name][real], minlength=len(ordinals))
+  return Score(ordinals, by_document('bits'), by_document('text_bytes'), by_document('tokens'))
 
 
 def _bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int) -> tuple[float, float]:

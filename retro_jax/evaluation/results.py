@@ -9,21 +9,34 @@ from typing import Any
 from retro_jax import storage
 from retro_jax.data import records
 from retro_jax.evaluation.bits_per_byte import Score, gain_interval
+from retro_jax.retrieval.database import ChunkDatabase
 
 RESULTS = 'results.json'
 
 
 def rows(scores: Mapping[str, Score], source: str, num_neighbors: int) -> list[dict[str, Any]]:
-  """One row a setting, with its 95 % interval over sequences."""
+  """One row a setting, with its 95 % bootstrap interval over documents."""
   result = []
   for setting, score in scores.items():
     low, high = score.interval()
     row = {'setting': setting, 'source': source, 'bits_per_byte': score.bits_per_byte, 'low': low,
-           'high': high, 'bytes': int(score.text_bytes.sum()), 'tokens': int(score.tokens.sum())}
+           'high': high, 'bytes': int(score.text_bytes.sum()), 'tokens': int(score.tokens.sum()),
+           'documents': len(score.bits)}
     if setting in ('retro_on', 'retro_random'):
       row['k'] = num_neighbors
     result.append(row)
   return result
+
+
+def by_source(scores: Mapping[str, Score], store: ChunkDatabase) -> dict[str, dict[str, float]]:
+  """bits-per-byte of each source of documents, by setting, and the source's `bytes`."""
+  any_score = next(iter(scores.values()))
+  ordinals: dict[str, list[int]] = {}
+  for ordinal in any_score.ordinals.tolist():
+    ordinals.setdefault(store.document_info(ordinal)['source'], []).append(ordinal)
+  return {source: {'bytes': int(any_score.of(ids).text_bytes.sum()),
+                   **{setting: score.of(ids).bits_per_byte for setting, score in scores.items()}}
+          for source, ids in sorted(ordinals.items())}
 
 
 def gains(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:

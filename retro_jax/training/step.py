@@ -81,16 +81,18 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
 
 def make_evaluation_step(model: RetroConfig, mesh: Mesh, parameter_shardings: Any, retrieval: bool
                          ) -> Callable[[retro.Parameters, Batch], dict[str, jax.Array]]:
-  """The jitted scoring of a batch: (parameters, batch) -> per-sequence sums, each [b].
+  """The jitted scoring of a batch: (parameters, batch) -> sums by chunk, each [b, l].
 
-  `bits` of all targets, `tokens` that are targets, `text_bytes` of the chunks.
+  `bits` and number of `tokens` of the targets that the positions of a chunk predict (a
+  target is always of the same document as the position that predicts it), and the batch's
+  own `documents` and `text_bytes`, so that every process sees all rows.
   """
 
   def score(parameters: retro.Parameters, batch: Batch) -> dict[str, jax.Array]:
+    by_chunk = lambda x: x.reshape(x.shape[0], -1, model.chunk_length).sum(axis=-1)
     losses = token_losses(model, parameters, batch, retrieval)
-    return {'bits': losses.sum(axis=1) / math.log(2),
-            'tokens': batch['loss_weights'].sum(axis=1),
-            'text_bytes': batch['text_bytes'].sum(axis=1)}
+    return {'bits': by_chunk(losses) / math.log(2), 'tokens': by_chunk(batch['loss_weights']),
+            'documents': batch['documents'], 'text_bytes': batch['text_bytes']}
 
   examples = partitioning.batch_sharding(mesh)
   inputs = {name: examples for name in batch_inputs(model)}
