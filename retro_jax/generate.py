@@ -1,4 +1,4 @@
-"""Continue a prompt: python -m retro_jax.generate --gin_file=gin/runs/generate.gin --gin.PROMPT=..."""
+"""Continue a prompt: python -m retro_jax.generate --gin_file=... [--gin.NAME=VALUE ...]."""
 
 import dataclasses
 from typing import Any
@@ -88,7 +88,8 @@ def describe(result: Generation) -> str:
   for number, chunk in enumerate(result.chunks, start=1):
     if not chunk.neighbors:
       continue
-    lines.append(f'  chunk {number} {_first_line(chunk.text)!r} found, and chunk {number + 1} read:')
+    lines.append(
+        f'  chunk {number} {_first_line(chunk.text)!r} found, and chunk {number + 1} read:')
     for neighbor in chunk.neighbors:
       lines.append(f'    {neighbor.distance:8.3f}  {neighbor.title or neighbor.document_id}  '
                    f'{_first_line(neighbor.text)!r}')

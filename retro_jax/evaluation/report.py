@@ -111,7 +111,8 @@ def gain_sentences(results: Mapping[str, Any]) -> list[str]:
 
 
 def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-  return '  '.join([row[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(row[1:], widths[1:])]).rstrip()
+  numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
+  return '  '.join([row[0].ljust(widths[0]), *numbers]).rstrip()
 
 
 def loss_picture(path: str | os.PathLike, runs: Mapping[str, Rows],
@@ -186,7 +187,8 @@ def _draw_bars(axis: Any, bars: Sequence[Line]) -> None:
     right = line.bits_per_byte
     if line.interval:
       right = max(right, line.interval[1])
-      axis.plot(line.interval, [place, place], color='black', linewidth=1.2, marker='|', markersize=7)
+      axis.plot(line.interval, [place, place], color='black', linewidth=1.2, marker='|',
+                markersize=7)
     text = f'{line.bits_per_byte:.3f}'
     if line.to_off is not None:
       text += f'  ({line.to_off:+.1f} %)'

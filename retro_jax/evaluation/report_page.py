@@ -107,7 +107,8 @@ def copied(tokens: np.ndarray, source: np.ndarray, shortest: int = SHORTEST_COPY
   Returns:
     bool [a] and bool [b].
   """
-  equal = (np.asarray(tokens)[:, None] == np.asarray(source)) & (np.asarray(tokens)[:, None] != PAD_ID)
+  column = np.asarray(tokens)[:, None]
+  equal = (column == np.asarray(source)) & (column != PAD_ID)
   in_tokens, in_source = np.zeros(len(tokens), bool), np.zeros(len(source), bool)
   for offset in range(1 - len(tokens), len(source)):
     diagonal = np.concatenate([[False], np.diagonal(equal, offset), [False]]).astype(np.int8)
@@ -140,8 +141,9 @@ def neighbors_page(
   facts = ''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>'
                   for name, value in {'database': database, **(settings or {})}.items())
   with storage.atomic_file(path) as f:
-    f.write(_PAGE.format(title=_text(title), style=_STYLE, facts=facts, numbers=_numbers(results or {}),
-                         shortest=SHORTEST_COPY, sections='\n'.join(sections)))
+    f.write(_PAGE.format(title=_text(title), style=_STYLE, facts=facts,
+                         numbers=_numbers(results or {}), shortest=SHORTEST_COPY,
+                         sections='\n'.join(sections)))
 
 
 def _section(number: int, chunks: Sequence[PageChunk], vocabulary: Vocabulary) -> str:
@@ -173,11 +175,13 @@ def _pair(u: int, chunk: PageChunk, following: PageChunk, vocabulary: Vocabulary
   if not rows:
     rows.append('<p class="none">No neighbour was allowed; nothing was read.</p>')
   real = following.tokens != PAD_ID
-  share = f', {100 * used[real].mean():.0f} % of its tokens also in these neighbours' if real.any() else ''
+  share = 100 * used[real].mean() if real.any() else 0
+  heading = (f'Chunk {u + 1}, which read the neighbours, {share:.0f} % of its tokens also in '
+             'these neighbours')
   return (f'<article><h3>{_text(chunk.title)}: chunks {u} and {u + 1}{_verdict([following])}</h3>'
           '<div class="row query">'
           + _cell(f'Chunk {u}, which asked', chunk.tokens, np.zeros(m, bool), vocabulary)
-          + _cell(f'Chunk {u + 1}, which read the neighbours{share}', following.tokens, used, vocabulary)
+          + _cell(heading, following.tokens, used, vocabulary)
           + '</div>' + ''.join(rows) + '</article>')
 
 
@@ -221,13 +225,15 @@ def _numbers(results: Mapping[str, Any]) -> str:
     return ''
   sentences = ''.join(f'<p>{_text(sentence)}.</p>' for sentence in report.gain_sentences(results))
   return ('<div class="scroll"><table><tr><th>model</th><th>setting</th><th>bits per byte</th>'
-          '<th>95 % interval</th><th>to OFF</th></tr>' + ''.join(rows) + f'</table></div>{sentences}')
+          '<th>95 % interval</th><th>to OFF</th></tr>' + ''.join(rows)
+          + f'</table></div>{sentences}')
 
 
 # Control characters are no HTML; their pictures (U+2400 and on) are. Line ends and tabs stay.
 # Characters that turn the direction of writing would disguise what follows them.
 _VISIBLE = ({c: 0x2400 + c for c in range(32) if chr(c) not in '\n\t'} | {127: 0x2421}
-            | {c: 0xfffd for c in (*range(128, 160), *range(0x202a, 0x202f), *range(0x2066, 0x206a))})
+            | {c: 0xfffd for c in (*range(128, 160), *range(0x202a, 0x202f),
+                                   *range(0x2066, 0x206a))})
 
 
 def _text(value: Any) -> str:
@@ -254,7 +260,8 @@ th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 article { margin: 1rem 0 2rem; padding: .8rem; background: #f6f7f8; border-radius: 6px; }
 .row { display: grid; grid-template-columns: 1fr 1fr; gap: 0 .6rem; }
-.cell { min-width: 0; background: #fff; border: 1px solid #ccd; border-radius: 4px; padding: .4rem .5rem; }
+.cell { min-width: 0; background: #fff; border: 1px solid #ccd; border-radius: 4px;
+  padding: .4rem .5rem; }
 .query .cell { border: 2px solid #0072b2; }
 .neighbor .cell:last-child { border-style: dashed; background: #fdfbf4; }
 .text { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
@@ -283,8 +290,8 @@ _PAGE = '''<!DOCTYPE html>
 <p>RETRO cuts text into chunks. Each chunk asks the database for similar chunks N, which come with
 their continuation F, and the next chunk reads them. Below, every chunk stands beside the one that
 followed it, and each neighbour N under the chunk that asked, its F under the chunk that read.
-<mark>Marked</mark> text is a run of {shortest} or more tokens that the reading chunk and a neighbour
-share.</p>
+<mark>Marked</mark> text is a run of {shortest} or more tokens that the reading chunk and a
+neighbour share.</p>
 {sections}
 </body>
 </html>

@@ -1,4 +1,4 @@
-"""Table, picture and page: the numbers they carry, what counts as copied, and that text stays text."""
+"""Table, picture and page: their numbers, what counts as copied, and that text stays text."""
 
 import html.parser
 import math
@@ -45,8 +45,9 @@ def test_table_holds_every_number_its_interval_and_the_difference_to_off():
   assert find('retro_on_k8') == 'retro_on_k8 1.8000 -10.00 %'.split()
   # The same setting of another model: its own interval and its own OFF.
   assert find('RETRO[ON]', pretrained) == 'RETRO[ON] 1.2000 1.1000 to 1.3000 -20.00 %'.split()
-  assert 'RETRO[ON] needs 5.00 % fewer bits than RETRO[OFF] (95 % interval, paired: 4.10 to 6.20 %)' in lines
-  assert lines.index('pretrained:') > lines.index(next(l for l in lines if l.startswith('retro_on_k8')))
+  assert ('RETRO[ON] needs 5.00 % fewer bits than RETRO[OFF] '
+          '(95 % interval, paired: 4.10 to 6.20 %)') in lines
+  assert pretrained > lines.index(next(l for l in lines if l.startswith('retro_on_k8')))
 
 
 def test_table_of_nothing_is_a_header():
@@ -55,7 +56,8 @@ def test_table_of_nothing_is_a_header():
 
 @pytest.mark.parametrize('runs, results', [
     ({'baseline': metrics(False), 'retro': metrics(True)}, RESULTS),
-    ({'retro': metrics(True)}, {}), ({'retro': [{'step': 1, 'loss': 3.0}]}, {}), ({}, RESULTS), ({}, {})])
+    ({'retro': metrics(True)}, {}), ({'retro': [{'step': 1, 'loss': 3.0}]}, {}), ({}, RESULTS),
+    ({}, {})])
 def test_picture_is_a_png_whatever_there_is(tmp_path, runs, results):
   report.loss_picture(tmp_path / 'a' / 'picture.png', runs, results)
   with Image.open(tmp_path / 'a' / 'picture.png') as image:
@@ -66,24 +68,27 @@ def drawn(monkeypatch, tmp_path, runs, results):
   """The axes of the picture, caught as it is saved."""
   from matplotlib.figure import Figure
   caught, save = [], Figure.savefig
-  monkeypatch.setattr(Figure, 'savefig', lambda self, *a, **k: (caught.append(self), save(self, *a, **k)))
+  monkeypatch.setattr(
+      Figure, 'savefig', lambda self, *a, **k: (caught.append(self), save(self, *a, **k)))
   report.loss_picture(tmp_path / 'p.png', runs, results)
   return caught[0].axes
 
 
 def test_picture_draws_the_numbers(monkeypatch, tmp_path):
-  losses, gains, bars = drawn(monkeypatch, tmp_path, {'baseline': metrics(False), 'retro': metrics(True)},
-                              RESULTS)
+  runs = {'baseline': metrics(False), 'retro': metrics(True)}
+  losses, gains, bars = drawn(monkeypatch, tmp_path, runs, RESULTS)
   raw = losses.lines[2]  # baseline raw, baseline smooth, retro raw, retro smooth
   np.testing.assert_allclose(raw.get_xdata(), np.arange(10, 300, 10) * 1000 / 1e6)
   np.testing.assert_allclose(raw.get_ydata(), 5 * np.exp(-np.arange(10, 300, 10) / 100) + 2)
   over_off, over_random = gains.lines[:2]
-  np.testing.assert_allclose(over_off.get_ydata(), 100 * np.arange(50, 300, 50) / 1000 / 2)
-  np.testing.assert_allclose(over_random.get_ydata(), 100 * (1 - (2 - np.arange(50, 300, 50) / 1000) / 2.1))
+  on = 2 - np.arange(50, 300, 50) / 1000
+  np.testing.assert_allclose(over_off.get_ydata(), 100 * (1 - on / 2))
+  np.testing.assert_allclose(over_random.get_ydata(), 100 * (1 - on / 2.1))
   np.testing.assert_allclose(over_off.get_xdata(), np.arange(50, 300, 50) / 1000)
   assert [p.get_width() for p in bars.patches] == [2.1, 2.0, 1.9, 2.02, 1.8, 1.5, 1.2, 1.53]
   assert bars.get_xlim()[0] == 0
-  assert {'1.900  (-5.0 %)', '1.200  (-20.0 %)', '2.000', 'pretrained'} <= {t.get_text() for t in bars.texts}
+  texts = {text.get_text() for text in bars.texts}
+  assert {'1.900  (-5.0 %)', '1.200  (-20.0 %)', '2.000', 'pretrained'} <= texts
 
 
 def test_without_validation_there_is_no_middle_panel(monkeypatch, tmp_path):
@@ -117,7 +122,8 @@ def test_copied_marks_exactly_the_common_runs(tokens, source):
 
 def test_bits_of_a_chunk_are_those_of_its_own_tokens():
   # Target of position p is token p+1: tokens 1-3 and 4-7 of two chunks of 4; the last goes beyond.
-  np.testing.assert_array_equal(report_page.bits_of_chunks(np.arange(1.0, 9.0), 4), [1 + 2 + 3, 4 + 5 + 6 + 7])
+  np.testing.assert_array_equal(
+      report_page.bits_of_chunks(np.arange(1.0, 9.0), 4), [1 + 2 + 3, 4 + 5 + 6 + 7])
 
 
 class Reader(html.parser.HTMLParser):
@@ -144,8 +150,8 @@ class Reader(html.parser.HTMLParser):
     self.text += data
 
 
-def chunk(text: str, document: int = 1, neighbors=(), title: str = 'a.py', length: int = 24, **bits) -> PageChunk:
-  return PageChunk(ids(text, length), document, title, neighbors, len(text.encode()), **bits)
+def chunk(text: str, document: int = 1, neighbors=(), **bits) -> PageChunk:
+  return PageChunk(ids(text, 24), document, 'a.py', neighbors, len(text.encode()), **bits)
 
 
 def ids(text: str, length: int) -> np.ndarray:
@@ -176,7 +182,8 @@ def test_page_shows_pairs_neighbors_copies_and_bits(tmp_path):
   assert 'chunk' not in ''.join(marked)
   assert '▼ -25.0 %: 40 bits OFF, 30 ON' in reader.text and 'distance 0.250' in reader.text
   assert reader.tags.count('article') == 1  # the third chunk begins another document
-  for expected in ('db', 'neighbours', '1.8500 to 1.9500', 'pretrained', '-20.00 %', '5.00 % fewer bits'):
+  for expected in ('db', 'neighbours', '1.8500 to 1.9500', 'pretrained', '-20.00 %',
+                   '5.00 % fewer bits'):
     assert expected in reader.text
   assert 'http' not in page.replace('http-equiv', '')
 

@@ -70,8 +70,9 @@ def full_logits(model, tokens, retriever) -> np.ndarray:
       distances = np.sum((database.embedding(np.arange(database.num_chunks)) - vector) ** 2, -1)
       for place, chunk in enumerate(np.argsort(distances, kind='stable')[:K]):
         found[0, u, place, :M] = database.tokens(chunk)
-        if chunk + 1 < database.num_chunks and database.document(chunk) == database.document(chunk + 1):
-          found[0, u, place, M:] = database.tokens(chunk + 1)
+        following = min(chunk + 1, database.num_chunks - 1)
+        if following > chunk and database.document(chunk) == database.document(following):
+          found[0, u, place, M:] = database.tokens(following)
     retrieval = retro.Retrieval(jnp.asarray(found), jnp.asarray(found != 0))
   logits = _apply(config, parameters, jnp.asarray(padded), jnp.asarray(padded != 0, jnp.int32),
                   retrieval)
@@ -110,7 +111,8 @@ def test_every_position_reads_the_neighbors_of_the_chunk_before_it(model, retrie
 
 def test_greedy_generation_with_retrieval_is_the_argmax_of_the_full_pass(model, retriever):
   config, parameters = model
-  made = decode.generate(config, parameters, worlds.vocabulary(), retriever, PROMPT, NEW, temperature=0)
+  made = decode.generate(
+      config, parameters, worlds.vocabulary(), retriever, PROMPT, NEW, temperature=0)
   tokens = [BOS_ID] + worlds.vocabulary().encode(PROMPT) + list(made.tokens)
   logits = full_logits(model, tokens, retriever)[:, :worlds.vocabulary().size]
   logits[:, [PAD_ID, BOS_ID, UNK_ID]] = -np.inf
@@ -120,7 +122,8 @@ def test_greedy_generation_with_retrieval_is_the_argmax_of_the_full_pass(model, 
 
 def test_chunks_tell_what_was_read(model, retriever):
   config, parameters = model
-  made = decode.generate(config, parameters, worlds.vocabulary(), retriever, PROMPT, NEW, temperature=0)
+  made = decode.generate(
+      config, parameters, worlds.vocabulary(), retriever, PROMPT, NEW, temperature=0)
   tokens = [BOS_ID] + worlds.vocabulary().encode(PROMPT) + list(made.tokens)
   assert [t for chunk in made.chunks for t in chunk.tokens] == tokens
   assert b''.join(worlds.vocabulary().decode_bytes(chunk.tokens) for chunk in made.chunks) == (
@@ -156,7 +159,8 @@ def test_one_compilation_for_all_tokens(model, retriever):
   config, parameters = model
   decode.generate(config, parameters, worlds.vocabulary(), retriever, PROMPT, NEW, seed=1)
   before = decode._last_logits._cache_size()
-  decode.generate(config, parameters, worlds.vocabulary(), retriever, PROMPT + ' x', NEW - 3, seed=2)
+  decode.generate(
+      config, parameters, worlds.vocabulary(), retriever, PROMPT + ' x', NEW - 3, seed=2)
   assert decode._last_logits._cache_size() == before >= 1
 
 
@@ -183,8 +187,8 @@ def test_stops_at_eos_and_leaves_it_out(model):
 
 def test_ids_that_are_no_text_are_never_written(model):
   config, parameters = model
-  made = decode.generate(config, parameters, worlds.vocabulary(), None, PROMPT, NEW, temperature=50.,
-                         seed=2)
+  made = decode.generate(
+      config, parameters, worlds.vocabulary(), None, PROMPT, NEW, temperature=50., seed=2)
   assert all(t < worlds.vocabulary().size and t not in (PAD_ID, BOS_ID, UNK_ID, EOS_ID)
              for t in made.tokens)
 

@@ -27,7 +27,8 @@ def arguments(tmp_path_factory) -> dict[str, str]:
     saved.close()
   return {'RUN_DIR': str(folder / 'retro'), 'VOCABULARY': worlds.vocabulary().path,
           'DATABASE': str(database.folder), 'INDEX': str(folder / 'index'), 'PROMPT': PROMPT,
-          'EMBEDDER': '@LexicalEmbedder()', 'LexicalEmbedder.dimension': '16', 'MAX_NEW_TOKENS': '20'}
+          'EMBEDDER': '@LexicalEmbedder()', 'LexicalEmbedder.dimension': '16',
+          'MAX_NEW_TOKENS': '20'}
 
 
 def run(arguments):

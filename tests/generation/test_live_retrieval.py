@@ -34,7 +34,8 @@ def test_neighbors_are_those_found_offline(world):
         found = retriever.neighbors(queries.tokens(chunk))
         assert found.ids.tolist() == read['neighbor_ids'][row, place].tolist()
         np.testing.assert_array_equal(found.tokens, read['neighbor_tokens'][row, place])
-        np.testing.assert_allclose(found.distances, read['neighbor_distances'][row, place], rtol=1e-5)
+        np.testing.assert_allclose(
+            found.distances, read['neighbor_distances'][row, place], rtol=1e-5)
         assert found.lengths.tolist() == (found.tokens != 0).sum(-1).tolist()
         checked += 1
   assert checked == queries.num_chunks
@@ -57,7 +58,8 @@ def test_what_does_not_belong_together_is_refused_by_name(world, tmp_path):
       (database, worlds.embedder(), other, 2, (database.vocabulary_fingerprint, other.fingerprint)),
       (database, RandomEmbedder(16), worlds.vocabulary(), 2,
        (database.embedder_fingerprint, RandomEmbedder(16).fingerprint)),
-      (smaller, worlds.embedder(), worlds.vocabulary(), 2, ('index holds', str(smaller.num_chunks))),
+      (smaller, worlds.embedder(), worlds.vocabulary(), 2,
+       ('index holds', str(smaller.num_chunks))),
       (database, worlds.embedder(), worlds.vocabulary(), 0, ('num_neighbors',)))
   for store, embedder, vocabulary, k, words in cases:
     with pytest.raises(UserError) as caught:
