@@ -126,7 +126,7 @@ def _quoted(value: str) -> str:
     return value
   except (ValueError, SyntaxError):
     # Containers may hold references; anything else that is no literal is plain text.
-    return value if value[:1] in '[({' else repr(value)
+    return value if value and value[0] in '[({' else repr(value)
 
 
 @functools.cache  # gin registers a name once in a process
@@ -157,11 +157,21 @@ def _parse(line: CommandLine, classes: dict[str, type]) -> None:
     raise
   except (ValueError, SyntaxError, OSError, RuntimeError, TypeError, tokenize.TokenError) as error:
     raise UserError(_one_line(error, classes)) from error
+  _refuse_missing()
   unused = _macros() - _referenced()
   if unused:
     name = min(unused)
     raise UserError(f'macro {name} is defined but nothing uses it{nearest(name, _macros() - unused)}; '
                     'correct its name or remove it')
+
+
+def _refuse_missing() -> None:
+  """Fails on a setting that is still `%gin.REQUIRED`; gin looks only when it finalizes."""
+  for (scope, selector), parameters in gin_config._CONFIG.items():
+    for name, value in parameters.items():
+      if isinstance(value, gin_config.ConfigurableReference) and str(value) == '%gin.REQUIRED':
+        setting = scope if selector == 'gin.macro' else f'{selector.rsplit(".", 1)[-1]}.{name}'
+        raise UserError(f'{setting} is required; give it by --gin.{setting}=VALUE')
 
 
 def _macros() -> set[str]:
@@ -220,8 +230,6 @@ def _one_line(error: Exception, classes: dict[str, type]) -> str:
   if match := re.search(r"No configurable matching '([\w./]+)'", text):
     name = match[1].split('/')[-1]
     return f'nothing called {name!r} can be configured here{nearest(name, classes)}'
-  if 'Required bindings for' in text:
-    return re.sub(r'\s+', ' ', text.split('\n')[0]) + '; give it by --gin.NAME=VALUE'
   if match := re.search(r"No macro matching '?(\w+)|Missing value for macro '?(\w+)", text):
     name = match[1] or match[2]
     return f'macro {name} is used but not defined{nearest(name, _macros())}'

@@ -122,7 +122,7 @@ def quickstart(job: QuickstartJob) -> None:
   showcase.neighbors_page(folder / 'neighbors.html', best, nearest['test'], stores['test'],
                           stores['train'], vocabulary, body)
   written = showcase.sample(best, stores['test'], stores['train'], folder / 'index', job.embedder,
-                            vocabulary, job.sample_tokens)
+                            vocabulary, job.sample_tokens, job.examples.sequence_length)
   body['sample'] = dataclasses.asdict(written)
   print(generate.describe(written))
   report.loss_picture(folder / 'results.png', metrics, body)

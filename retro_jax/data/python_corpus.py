@@ -30,7 +30,7 @@ STDLIB = 'stdlib'
 # lacks are left out.
 FAMILIES = (
     'keras/src/applications', 'keras/src/layers', 'keras/src/metrics', 'keras/src/optimizers',
-    'pymongo', 'setuptools/_distutils', 'stdlib/distutils', 'stdlib/email', 'stdlib/encodings',
+    'pymongo', 'setuptools/_distutils', 'stdlib/distutils', 'stdlib/email',
     'stdlib/unittest', 'tensorflow/python/keras/layers', 'tensorflow/python/layers')
 # Caches, package metadata, and the project itself (its text would change while it is worked on).
 _SKIPPED_FOLDERS = ('__pycache__', 'site-packages', 'node_modules', 'retro_jax')

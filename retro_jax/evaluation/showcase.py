@@ -66,7 +66,7 @@ def neighbors_page(path: str | os.PathLike, model_folder: str, examples_folder: 
 
 def sample(model_folder: str, queries: ChunkDatabase, database: ChunkDatabase,
            index_folder: str | os.PathLike, embedder: Any, vocabulary: Vocabulary,
-           max_new_tokens: int, prompt_chunks: int = 2) -> Generation:
+           max_new_tokens: int, sequence_length: int, prompt_chunks: int = 2) -> Generation:
   """Continues the beginning of a held-out document with live retrieval, greedily.
 
   The document is the first with more than `prompt_chunks` + 1 chunks.
@@ -78,4 +78,5 @@ def sample(model_folder: str, queries: ChunkDatabase, database: ChunkDatabase,
   prompt = vocabulary.decode(queries.tokens(np.arange(first, first + prompt_chunks)).ravel().tolist())
   retriever = LiveRetriever(database, load_index(index_folder, database.embedding_fingerprint),
                             embedder, vocabulary, model.num_neighbors)
-  return generate(model, parameters, vocabulary, retriever, prompt, max_new_tokens, temperature=0.0)
+  return generate(model, parameters, vocabulary, retriever, prompt, max_new_tokens, temperature=0.0,
+                  sequence_length=sequence_length)
