@@ -6,6 +6,7 @@ parameters mean, so that evaluation and sampling need the run's folder and nothi
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from retro_jax import storage
+from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.retro import Parameters, init_parameters
@@ -26,6 +28,7 @@ from retro_jax.training.state import TrainState, from_plain, to_plain
 CHECKPOINTS = 'checkpoints'
 MODEL_JSON = 'model.json'
 SAFETENSORS = 'model.safetensors'
+VOCABULARY = 'vocabulary.model'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,10 +48,12 @@ class Checkpoints:
         options=ocp.CheckpointManagerOptions(
             max_to_keep=config.keep, save_interval_steps=config.every, create=True))
 
-  def save(self, state: TrainState, step: int, data: dict[str, Any], force: bool = False) -> None:
-    """Starts saving, if the policy (or `force`) says so and this step is not there yet."""
-    if step in self._manager.all_steps() or not (force or self._manager.should_save(step)):
-      return
+  def is_due(self, step: int, force: bool = False) -> bool:
+    """Whether the policy (or `force`) says so and this step is not there yet."""
+    return step not in self._manager.all_steps() and (force or self._manager.should_save(step))
+
+  def save(self, state: TrainState, step: int, data: dict[str, Any]) -> None:
+    """Starts saving."""
     self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(to_plain(state)), data=ocp.args.JsonSave(data)), force=True)
 
@@ -110,22 +115,31 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
   return model, {name: jnp.asarray(found[name], jnp.float32) for name in expected}, described['vocabulary']
 
 
-def export_model(run_dir: str | Path, folder: str | Path, facts: Mapping[str, Any],
-                 dtype: str = 'float32') -> None:
-  """Writes the newest parameters of a run as one safetensors file with `model.json`.
+def export_model(run_dir: str | Path, vocabulary_path: str | Path, folder: str | Path,
+                 facts: Mapping[str, Any], dtype: str = 'float32') -> None:
+  """Writes the newest parameters of a run as one safetensors file, with all it takes to use them.
 
   Args:
     run_dir: of the training run.
+    vocabulary_path: the SentencePiece model it was trained with.
     folder: to write, replaced as a whole.
     facts: about the training, kept in the manifest.
     dtype: of the stored values, 'float32' or 'float16'.
+
+  Raises:
+    UserError: no finished model, or another vocabulary than that of its training.
   """
   model, parameters, vocabulary = load_model(run_dir)
+  given = Vocabulary.load(vocabulary_path).fingerprint
+  if given != vocabulary['fingerprint']:
+    raise UserError(f'{vocabulary_path} is vocabulary {given}, but {run_dir} was trained with '
+                    f'{vocabulary["fingerprint"]}; give the one of the training')
   with storage.building(folder, {'kind': 'exported-model', **facts}) as temporary:
     write_model_description(temporary, model, vocabulary)
     safetensors.numpy.save_file(
         {name: np.asarray(value, dtype) for name, value in parameters.items()},
         temporary / SAFETENSORS)
+    shutil.copyfile(vocabulary_path, temporary / VOCABULARY)
 
 
 def _read_exported(path: Path) -> dict[str, np.ndarray]:

@@ -72,7 +72,7 @@ def test_the_whole_path(run_quickstart, capsys):
 
 
 def _export_evaluate_generate(run, results, capsys):
-  export_model(run / 'retro', run / 'exported', {'trained_on': 'a test'})
+  export_model(run / 'retro', run / 'vocabulary.model', run / 'exported', {'trained_on': 'a test'})
   configuration.main(EvaluateJob, evaluate, EVALUATE_CONFIGURABLES, [
       '--gin_file=gin/runs/evaluate.gin', f'--gin.OUTPUT={run}/evaluated', f'--gin.RETRO={run}/exported',
       f'--gin.BASELINE={run}/baseline', f'--gin.EXAMPLES={run}/examples/test',
