@@ -18,8 +18,8 @@ TINY = RetroConfig(
 
 
 def tiny(**changes) -> RetroConfig:
-  """`TINY` with other fields."""
-  return dataclasses.replace(TINY, **changes)
+  """`TINY` with other fields; r is 2 m unless it is given."""
+  return dataclasses.replace(TINY, **{'retrieved_length': 0, **changes})
 
 
 def parameters(config: RetroConfig, seed: int = 0) -> dict[str, np.ndarray]:

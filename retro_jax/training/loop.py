@@ -123,15 +123,19 @@ def train(job: TrainJob) -> dict[str, float]:
   last: dict[str, float] = {}
   pending: tuple[int, dict[str, jax.Array]] | None = None
   speed = _Speed(first, config.steps)
-  for number, batch in enumerate(stream, start=first + 1):
-    batch = batches.to_global({name: batch[name] for name in inputs}, mesh)
-    current, metrics = train_step(current, batch)
+
+  def report() -> None:
+    nonlocal last, pending
     if pending is not None:
-      # The step before has ended by now, or nearly: reading it does not stall this one.
       last = _fetch(pending[1]) | speed.measure(pending[0], pending[1]['tokens'])
       writer.write(pending[0], last)
       note(speed.line(pending[0], last))
       pending = None
+
+  for number, batch in enumerate(stream, start=first + 1):
+    batch = batches.to_global({name: batch[name] for name in inputs}, mesh)
+    current, metrics = train_step(current, batch)
+    report()  # the step before has ended by now, or nearly: reading it does not stall this one
     if number % config.log_every == 0 or number == config.steps:
       pending = (number, metrics)
     if evaluate.is_due(number):
@@ -139,11 +143,9 @@ def train(job: TrainJob) -> dict[str, float]:
         scores = evaluate(current.parameters)
       writer.write(number, scores)
       note(f'step {number:,}: ' + ', '.join(f'{k} {v:.4f}' for k, v in scores.items()))
-    saved.save(current, number, position | {'step': number}, force=number == config.steps)
-  if pending is not None:
-    last = _fetch(pending[1]) | speed.measure(pending[0], pending[1]['tokens'])
-    writer.write(pending[0], last)
-    note(speed.line(pending[0], last))
+    if saved.is_due(number, force=number == config.steps):
+      report()  # a run that continues from this checkpoint will not come by this row again
+      saved.save(current, number, position | {'step': number})
   saved.close()
   writer.close()
   return last
