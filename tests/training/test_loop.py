@@ -43,7 +43,7 @@ def job_in(folder, name, **training) -> TrainJob:
       data=DataConfig(train={examples: 1.0}),
       training=TrainingConfig(**{'steps': STEPS, 'batch_size': 8, 'log_every': 1, **training}),
       optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=2),
-      mesh=MeshConfig(fsdp=8), checkpoints=CheckpointConfig(every=EVERY, keep=2))
+      mesh=MeshConfig(data=2, fsdp=2, tensor=2), checkpoints=CheckpointConfig(every=EVERY, keep=2))
 
 
 # Trains, but dies by SIGKILL when the loop asks for a batch after the first checkpoint is
