@@ -1,6 +1,7 @@
 """`results.json`: numbers together with what they were measured on, and by which command."""
 
 import dataclasses
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,6 +63,12 @@ def write(folder: str | Path, config: Any, body: Mapping[str, Any]) -> Path:
   """Writes `results.json` with the job's config and the command beside the numbers."""
   path = Path(folder) / RESULTS
   path.parent.mkdir(parents=True, exist_ok=True)
-  storage.write_json(path, {'command': ' '.join(['python', *sys.argv]),
-                            'config': dataclasses.asdict(config), **body})
+  storage.write_json(path, {'command': command(), 'config': dataclasses.asdict(config), **body})
   return path
+
+
+def command() -> str:
+  """The command line of this process as a person would type it."""
+  spec = sys.modules['__main__'].__spec__
+  program = ['-m', spec.name] if spec else [sys.argv[0]]
+  return shlex.join(['python', *program, *sys.argv[1:]])

@@ -69,6 +69,9 @@ def test_names_and_axes_of_parameters():
       'layers', 'embed', 'heads', 'head_dim')
   assert axes['decoder.entry.feed_forward.wo'] == ('mlp', 'embed')
   assert not any(name.startswith('encoder') for name in retro.parameter_axes(config.baseline()))
+  shared = tiny_models.tiny(encoder_d_model=8, share_embeddings=True)
+  assert set(retro.parameter_axes(tiny_models.tiny())) - set(retro.parameter_axes(shared)) == {
+      'encoder_embedding.table'}
 
 
 def test_fresh_parameters_have_the_stated_spread():
