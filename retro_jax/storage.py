@@ -71,7 +71,9 @@ def building(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> Iterator
         for p in sorted(temporary.rglob('*')) if p.is_file()
     }
     write_json(temporary / MANIFEST, {**manifest, 'files': files})
-    os.chmod(temporary, 0o755)
+    # mkdtemp and some writers make things private; an artefact is as readable as its folder.
+    for path in (temporary, *temporary.rglob('*')):
+      path.chmod(0o755 if path.is_dir() else 0o644)
     if folder.exists():
       shutil.rmtree(folder)
     os.replace(temporary, folder)

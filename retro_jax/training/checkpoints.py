@@ -104,9 +104,9 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
   except json.JSONDecodeError as error:
     raise UserError(f'{path}: not valid JSON ({error}); export or train the model again') from None
   model = RetroConfig(**described['model'])
+  expected = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
   exported = Path(folder) / SAFETENSORS
   found = _read_exported(exported) if exported.exists() else _read_newest(Path(folder))
-  expected = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
   for name, leaf in expected.items():
     if name not in found or found[name].shape != leaf.shape:
       shape = found[name].shape if name in found else 'nothing'
@@ -150,11 +150,20 @@ def _read_exported(path: Path) -> dict[str, np.ndarray]:
 
 
 def _read_newest(run_dir: Path) -> dict[str, jax.Array]:
+  """The parameters alone, on one device, whatever mesh and number of devices saved them."""
   folder = run_dir / CHECKPOINTS
   manager = ocp.CheckpointManager(folder.absolute()) if folder.exists() else None
   step = manager.latest_step() if manager else None
   if step is None:
     raise UserError(f'{run_dir}: holds no finished checkpoint; train first')
-  restored = manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
   manager.close()
-  return restored.state['parameters']
+  handler = ocp.PyTreeCheckpointer()
+  path = folder.absolute() / str(step) / 'state'
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  stored = handler.metadata(path).item_metadata.tree['parameters']
+  wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+            for name, leaf in stored.items()}
+  restored = handler.restore(path, args=ocp.args.PyTreeRestore(
+      item={'parameters': wanted}, partial_restore=True,
+      restore_args={'parameters': ocp.checkpoint_utils.construct_restore_args(wanted)}))
+  return restored['parameters']
