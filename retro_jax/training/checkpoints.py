@@ -42,15 +42,16 @@ class Checkpoints:
   """The checkpoints of one run; saves in the background, one atomic folder a step."""
 
   def __init__(self, folder: Path, config: CheckpointConfig):
-    self._folder = folder
+    self._folder, self._every = folder, config.every
     self._manager = ocp.CheckpointManager(
         folder.absolute(),
         options=ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, save_interval_steps=config.every, create=True))
+            max_to_keep=config.keep, create=True))
 
   def is_due(self, step: int, force: bool = False) -> bool:
     """Whether the policy (or `force`) says so and this step is not there yet."""
-    return step not in self._manager.all_steps() and (force or self._manager.should_save(step))
+    due = force or step % self._every == 0
+    return due and step not in self._manager.all_steps()
 
   def save(self, state: TrainState, step: int, data: dict[str, Any]) -> None:
     """Starts saving."""
