@@ -9,7 +9,7 @@ REQUIREMENTS = [
     'flax>=0.12.8,<0.13',  # NNX modules
     'optax>=0.2.8',  # AdamW, schedules, clipping
     'orbax-checkpoint>=0.12.8',  # asynchronous, atomic checkpoints
-    'gin-config==0.5.0',  # configuration; exact, because configuration.py reads its private registry
+    'gin-config==0.5.0',  # configuration; exact: configuration.py reads its private registry
     'seqio[cache-tasks]==0.0.20',  # tasks, mixtures, feature conversion; brings Apache Beam
     'apache-beam==2.77.*',  # offline stages beyond one machine
     'google-crc32c',  # checksums of TFRecords, for Beam and for us

@@ -161,7 +161,8 @@ def _parse(line: CommandLine, classes: dict[str, type]) -> None:
   unused = _macros() - _referenced()
   if unused:
     name = min(unused)
-    raise UserError(f'macro {name} is defined but nothing uses it{nearest(name, _macros() - unused)}; '
+    close = nearest(name, _macros() - unused)
+    raise UserError(f'macro {name} is defined but nothing uses it{close}; '
                     'correct its name or remove it')
 
 
@@ -210,13 +211,15 @@ def _refuse_unused(classes: dict[str, type]) -> None:
     missing = [p for p in parameters if p not in operative]
     # A binding without a scope also serves the scoped uses of its configurable.
     if missing and not scope:
-      operative = {p for (_, s), o in gin_config._OPERATIVE_CONFIG.items() if s == selector for p in o}
+      operative = {p for (_, s), built in gin_config._OPERATIVE_CONFIG.items() if s == selector
+                   for p in built}
       missing = [p for p in parameters if p not in operative]
     if missing:
       name = selector.rsplit('.', 1)[-1]
       others = [s.rsplit('.', 1)[-1] for _, s in used]
-      raise UserError(f'{"/".join(filter(None, (scope, name)))}.{missing[0]} is set, but no {name} is '
-                      f'built by this command{nearest(name, others)}; remove it or use another file')
+      setting = '/'.join(filter(None, (scope, name))) + '.' + missing[0]
+      raise UserError(f'{setting} is set, but no {name} is built by this command'
+                      f'{nearest(name, others)}; remove it or use another file')
 
 
 def _one_line(error: Exception, classes: dict[str, type]) -> str:
@@ -226,7 +229,8 @@ def _one_line(error: Exception, classes: dict[str, type]) -> str:
   if match := re.search(r"doesn't have a parameter named '(\w+)'", text):
     cls = next((c for n, c in classes.items() if f"'{n}'" in text or n in text), None)
     fields = [f.name for f in dataclasses.fields(cls)] if cls else []
-    return f'{cls.__name__ if cls else "a configurable"} has no parameter {match[1]!r}{nearest(match[1], fields)}'
+    who = cls.__name__ if cls else 'a configurable'
+    return f'{who} has no parameter {match[1]!r}{nearest(match[1], fields)}'
   if match := re.search(r"No configurable matching '([\w./]+)'", text):
     name = match[1].split('/')[-1]
     return f'nothing called {name!r} can be configured here{nearest(name, classes)}'

@@ -32,7 +32,8 @@ class Progress:
       tail = f'{duration((self.total - self.done) / rate)} left'
     else:
       tail = f'{duration(elapsed)} so far'
-    print(f'{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s, {tail}', flush=True, file=sys.stderr)
+    print(f'{self.label}: {self.done:,}{of} {self.unit}, {rate:,.1f}/s, {tail}', flush=True,
+          file=sys.stderr)
 
 
 def duration(seconds: float) -> str:

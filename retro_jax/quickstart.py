@@ -134,11 +134,14 @@ def quickstart(job: QuickstartJob) -> None:
 
 
 def _vocabulary(job: QuickstartJob, folder: Path) -> Vocabulary:
-  path, size = (job.vocabulary, 0) if job.vocabulary else (folder / 'vocabulary.model', job.model.vocab_size)
+  path, size = folder / checkpoints.VOCABULARY, job.model.vocab_size
+  if job.vocabulary:
+    path, size = job.vocabulary, 0
   return pipeline.build_vocabulary(path, dataclasses.replace(job.corpus, split='train'), size)
 
 
-def _examples(job: QuickstartJob, folder: Path, stores: dict[str, Any], split: str, kind: str) -> str:
+def _examples(job: QuickstartJob, folder: Path, stores: dict[str, ChunkDatabase], split: str,
+              kind: str) -> str:
   name = split if kind == 'nearest' else f'{split}_{kind}'
   out = folder / 'examples' / name
   pipeline.build_examples(out, stores[split], stores['train'], folder / 'index',

@@ -120,7 +120,8 @@ def read_manifest(folder: str | os.PathLike, kind: str) -> dict[str, Any]:
   for name, facts in manifest.get('files', {}).items():
     file = Path(folder) / name
     if not file.exists() or file.stat().st_size != facts['bytes']:
-      raise UserError(f'{file}: missing or of another size than {MANIFEST} says; rebuild the {kind}')
+      raise UserError(f'{file}: missing or of another size than {MANIFEST} says; '
+                      f'rebuild the {kind}')
   return manifest
 
 

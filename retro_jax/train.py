@@ -1,4 +1,4 @@
-"""Pretrain RETRO or its baseline: python -m retro_jax.train --gin_file=... [--gin.NAME=VALUE ...]."""
+"""Pretrain RETRO or its baseline: python -m retro_jax.train --gin_file=... ."""
 
 from retro_jax import configuration
 from retro_jax.models.config import RetroConfig

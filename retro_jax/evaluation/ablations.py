@@ -46,9 +46,10 @@ def compare(retro: str, baseline: str, examples: str, random_examples: str,
   for setting, model_folder, folder, retrieval in settings:
     if model_folder and folder:
       scores[setting] = _score(model_folder, folder, retrieval, config, mesh)
-      print(f'evaluate: {setting:13s} {scores[setting].bits_per_byte:.4f} bits per byte', flush=True)
+      value = scores[setting].bits_per_byte
+      print(f'evaluate: {setting:13s} {value:.4f} bits per byte', flush=True)
   if not scores:
-    raise UserError('nothing to evaluate; name a model (retro or baseline) and a folder of examples')
+    raise UserError('nothing to evaluate; name a model (retro or baseline) and its examples')
   return scores
 
 
@@ -57,7 +58,7 @@ def _score(model_folder: str, folder: str, retrieval: bool, config: EvaluationCo
   from retro_jax.data import tasks  # brings TensorFlow
   model, parameters, vocabulary = checkpoints.load_model(model_folder)
   if retrieval and not model.has_retrieval:
-    raise UserError(f'{model_folder}: is a baseline without retrieval, cannot be evaluated as RETRO')
+    raise UserError(f'{model_folder}: is a baseline without retrieval, no RETRO')
   tasks.register_task(TASK, folder, config.num_neighbors or model.num_neighbors)
   facts = tasks.info(TASK)
   if facts.vocabulary_fingerprint != vocabulary['fingerprint']:

@@ -44,7 +44,8 @@ class Score:
 
 def gain_interval(better: Score, worse: Score, seed: int = 0) -> tuple[float, float]:
   """95 % paired bootstrap interval of 1 - better / worse, both on the same documents."""
-  return _bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits), seed)
+  return _bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits),
+                    seed)
 
 
 def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
@@ -59,7 +60,8 @@ def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str,
     inputs: which of a batch's arrays the step takes.
     mesh: that the parameters lie on.
   """
-  columns: dict[str, list[np.ndarray]] = {'documents': [], 'bits': [], 'text_bytes': [], 'tokens': []}
+  columns: dict[str, list[np.ndarray]] = {
+      'documents': [], 'bits': [], 'text_bytes': [], 'tokens': []}
   for batch in batches:
     sums = evaluation_step(
         parameters, batches_lib.to_global({name: batch[name] for name in inputs}, mesh))
@@ -72,7 +74,8 @@ def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str,
   return Score(ordinals, by_document('bits'), by_document('text_bytes'), by_document('tokens'))
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int) -> tuple[float, float]:
+def _bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int
+               ) -> tuple[float, float]:
   rng = np.random.default_rng(seed)
   values = [statistic(rng.integers(0, size, size)) for _ in range(_RESAMPLES)]
   low, high = np.percentile(values, [2.5, 97.5])

@@ -47,7 +47,8 @@ def gains(scores: Mapping[str, Score]) -> dict[str, dict[str, float]]:
   for setting, score in scores.items():
     if on is not None and setting != 'retro_on':
       low, high = gain_interval(on, score)
-      result[f'over_{setting}'] = {'gain': 1 - on.bits.sum() / score.bits.sum(), 'low': low, 'high': high}
+      gain = 1 - on.bits.sum() / score.bits.sum()
+      result[f'over_{setting}'] = {'gain': gain, 'low': low, 'high': high}
   return result
 
 

@@ -75,7 +75,8 @@ def sample(model_folder: str, queries: ChunkDatabase, database: ChunkDatabase,
   document = next((o for o in range(queries.num_documents)
                    if queries.document_info(o)['num_chunks'] > prompt_chunks + 1), 0)
   first = queries.document_info(document)['first_chunk']
-  prompt = vocabulary.decode(queries.tokens(np.arange(first, first + prompt_chunks)).ravel().tolist())
+  tokens = queries.tokens(np.arange(first, first + prompt_chunks))
+  prompt = vocabulary.decode(tokens.ravel().tolist())
   retriever = LiveRetriever(database, load_index(index_folder, database.embedding_fingerprint),
                             embedder, vocabulary, model.num_neighbors)
   return generate(model, parameters, vocabulary, retriever, prompt, max_new_tokens, temperature=0.0,

@@ -5,7 +5,7 @@ cross-attention and, through chunked_cross_attention.py, CCA. They differ in who
 whom, in the mask, and in the distance at which query row i sees key column j:
 `i - j + offset`. Norms and residuals belong to the blocks, not to this file.
 
-  logit(i, j) = [(q_i + content_bias) . k_j + (q_i + position_bias) . R(sinusoid(distance))] / sqrt(c)
+  logit(i, j) = [(q_i + content_bias) . k_j + (q_i + position_bias) . R sinusoid(d_ij)] / sqrt(c)
 """
 
 import jax

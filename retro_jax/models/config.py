@@ -74,7 +74,8 @@ class RetroConfig:
                        ('encoder_cross_attention_layers', self.encoder_layers)):
       layers = getattr(self, field)
       if list(layers) != sorted(set(layers)) or any(not 1 <= p <= top for p in layers):
-        raise ValueError(f'RetroConfig.{field} = {layers}, expected rising layer numbers from 1 to {top}')
+        raise ValueError(f'RetroConfig.{field} = {layers}, expected rising layer numbers from 1 to '
+                         f'{top}')
     if self.d_model % 2 or self.encoder_d_model % 2:
       raise ValueError('RetroConfig: widths must be even (sine and cosine halves of the positions)')
     if self.share_embeddings and self.cca_layers and self.d_model != self.encoder_d_model:

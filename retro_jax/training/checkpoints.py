@@ -45,8 +45,7 @@ class Checkpoints:
     self._folder, self._every = folder, config.every
     self._manager = ocp.CheckpointManager(
         folder.absolute(),
-        options=ocp.CheckpointManagerOptions(
-            max_to_keep=config.keep, create=True))
+        options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True))
 
   def is_due(self, step: int, force: bool = False) -> bool:
     """Whether the policy (or `force`) says so and this step is not there yet."""
@@ -71,8 +70,9 @@ class Checkpoints:
         state=ocp.args.StandardRestore(to_plain(like)), data=ocp.args.JsonRestore()))
     for name, value in data.items():
       if name != 'step' and restored.data.get(name) != value:
-        raise UserError(f'{self._folder}: was trained with {name} = {restored.data.get(name)!r}, now '
-                        f'{value!r}; use another run_dir or the old setting')
+        before = restored.data.get(name)
+        raise UserError(f'{self._folder}: was trained with {name} = {before!r}, now {value!r}; '
+                        'use another run_dir or the old setting')
     return from_plain(restored.state, like)
 
   def close(self) -> None:
@@ -101,7 +101,8 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
   try:
     described = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
-    raise UserError(f'{folder}: no trained model there (no {MODEL_JSON}); train one first') from None
+    raise UserError(f'{folder}: no trained model there (no {MODEL_JSON}); '
+                    'train one first') from None
   except json.JSONDecodeError as error:
     raise UserError(f'{path}: not valid JSON ({error}); export or train the model again') from None
   model = RetroConfig(**described['model'])
@@ -113,7 +114,8 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
       shape = found[name].shape if name in found else 'nothing'
       raise UserError(f'{folder}: parameter {name} is {shape}, {MODEL_JSON} asks for {leaf.shape}; '
                       'the two do not belong together')
-  return model, {name: jnp.asarray(found[name], jnp.float32) for name in expected}, described['vocabulary']
+  parameters = {name: jnp.asarray(found[name], jnp.float32) for name in expected}
+  return model, parameters, described['vocabulary']
 
 
 def export_model(run_dir: str | Path, vocabulary_path: str | Path, folder: str | Path,

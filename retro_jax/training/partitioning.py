@@ -88,8 +88,9 @@ class ShardingRules:
     return PartitionSpec(*entries)
 
 
-def parameter_shardings(axes: Mapping[str, Sequence[str]], shapes: Mapping[str, jax.ShapeDtypeStruct],
-                        rules: ShardingRules, mesh: Mesh) -> dict[str, NamedSharding]:
+def parameter_shardings(
+    axes: Mapping[str, Sequence[str]], shapes: Mapping[str, jax.ShapeDtypeStruct],
+    rules: ShardingRules, mesh: Mesh) -> dict[str, NamedSharding]:
   """One `NamedSharding` a parameter, by name."""
   return {name: NamedSharding(mesh, rules.spec(name, axes[name], shapes[name].shape, mesh))
           for name in shapes}

@@ -16,7 +16,7 @@ from retro_jax.training import partitioning
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """Attributes: `step` int32 [], `parameters` float32 by dotted name, `optimizer` as optax has it."""
+  """Attributes: `step` int32 [], `parameters` float32 by dotted name, `optimizer` as in optax."""
   step: jax.Array
   parameters: retro.Parameters
   optimizer: Any
@@ -26,7 +26,8 @@ def abstract_state(model: RetroConfig, optimizer: optax.GradientTransformation,
                    rules: partitioning.ShardingRules, mesh: Mesh) -> TrainState:
   """Shapes, dtypes and shardings of the state; nothing is allocated."""
   shapes = jax.eval_shape(lambda: _fresh(model, optimizer, jax.random.key(0)))
-  by_name = partitioning.parameter_shardings(retro.parameter_axes(model), shapes.parameters, rules, mesh)
+  by_name = partitioning.parameter_shardings(
+      retro.parameter_axes(model), shapes.parameters, rules, mesh)
   everywhere = partitioning.replicated(mesh)
 
   def place(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -50,7 +51,8 @@ def init_state(model: RetroConfig, optimizer: optax.GradientTransformation, seed
   return make(jax.random.key(seed))
 
 
-def _fresh(model: RetroConfig, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:
+def _fresh(model: RetroConfig, optimizer: optax.GradientTransformation, key: jax.Array
+           ) -> TrainState:
   parameters = retro.init_parameters(model, key)
   return TrainState(jnp.zeros((), jnp.int32), parameters, optimizer.init(parameters))
 

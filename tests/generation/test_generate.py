@@ -23,7 +23,7 @@ def arguments(tmp_path_factory) -> dict[str, str]:
         'size': worlds.vocabulary().size, 'fingerprint': worlds.vocabulary().fingerprint})
     saved = checkpoints.Checkpoints(folder / name / 'checkpoints', checkpoints.CheckpointConfig())
     parameters = random_parameters(config)
-    saved.save(state.TrainState(jax.numpy.zeros((), int), parameters, {}), 1, {}, force=True)
+    saved.save(state.TrainState(jax.numpy.zeros((), int), parameters, {}), 1, {})
     saved.close()
   return {'RUN_DIR': str(folder / 'retro'), 'VOCABULARY': worlds.vocabulary().path,
           'DATABASE': str(database.folder), 'INDEX': str(folder / 'index'), 'PROMPT': PROMPT,
