@@ -101,7 +101,7 @@ def resolve(job: type, configurables: Iterable[type], line: CommandLine) -> Any:
     raise
   except (ValueError, TypeError, RuntimeError) as error:
     raise UserError(_one_line(error, classes)) from error
-  _refuse_unused(classes)
+  _refuse_unused()
   return resolved
 
 
@@ -186,9 +186,7 @@ def _referenced() -> set[str]:
 
   def visit(value: Any) -> None:
     if isinstance(value, gin_config.ConfigurableReference):
-      if value.selector.endswith('gin.macro') or value.selector == 'macro':
-        found.add('/'.join(value.scopes) if hasattr(value, 'scopes') else value.scoped_selector)
-      found.add(value.scoped_selector.rsplit('/', 1)[0])
+      found.add(value.scoped_selector.rsplit('/', 1)[0])  # a macro's name is its scope
     elif isinstance(value, dict):
       for item in (*value.keys(), *value.values()):
         visit(item)
@@ -201,9 +199,8 @@ def _referenced() -> set[str]:
   return found
 
 
-def _refuse_unused(classes: dict[str, type]) -> None:
+def _refuse_unused() -> None:
   """Fails on a binding of something that was not built."""
-  used = {(scope, selector) for scope, selector in gin_config._OPERATIVE_CONFIG}
   for (scope, selector), parameters in gin_config._CONFIG.items():
     if selector == 'gin.macro' or not parameters:
       continue
@@ -216,7 +213,7 @@ def _refuse_unused(classes: dict[str, type]) -> None:
       missing = [p for p in parameters if p not in operative]
     if missing:
       name = selector.rsplit('.', 1)[-1]
-      others = [s.rsplit('.', 1)[-1] for _, s in used]
+      others = [s.rsplit('.', 1)[-1] for _, s in gin_config._OPERATIVE_CONFIG]
       setting = '/'.join(filter(None, (scope, name))) + '.' + missing[0]
       raise UserError(f'{setting} is set, but no {name} is built by this command'
                       f'{nearest(name, others)}; remove it or use another file')

@@ -5,7 +5,7 @@ import dataclasses
 from retro_jax import configuration
 from retro_jax.evaluation import ablations, results
 from retro_jax.evaluation.ablations import EvaluationConfig
-from retro_jax.training.checkpoints import load_model
+from retro_jax.training.checkpoints import read_model_description
 from retro_jax.training.partitioning import MeshConfig
 
 CONFIGURABLES = (EvaluationConfig, MeshConfig)
@@ -35,7 +35,7 @@ def evaluate(job: EvaluateJob) -> None:
   """Scores every setting there is material for and writes the results."""
   scores = ablations.compare(job.retro, job.baseline, job.examples, job.random_examples,
                              job.evaluation, job.mesh)
-  neighbors = job.evaluation.num_neighbors or load_model(job.retro)[0].num_neighbors
+  neighbors = job.evaluation.num_neighbors or read_model_description(job.retro)[0].num_neighbors
   facts = results.examples_facts(job.examples)
   path = results.write(job.output, job, {
       'fingerprints': {key: facts[key] for key in ('queries', 'database', 'vocabulary')},

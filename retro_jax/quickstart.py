@@ -118,7 +118,6 @@ def quickstart(job: QuickstartJob) -> None:
       'examples': facts,
       'trained_on': {name: {'steps': job.training.steps, 'batch_size': job.training.batch_size,
                             'sequence_length': job.examples.sequence_length} for name in runs},
-      'seconds': clock.seconds(),
   }
   showcase.neighbors_page(folder / 'neighbors.html', best, nearest['test'], stores['test'],
                           stores['train'], vocabulary, body)
@@ -127,6 +126,7 @@ def quickstart(job: QuickstartJob) -> None:
   body['sample'] = dataclasses.asdict(written)
   print(generate.describe(written))
   report.loss_picture(folder / 'results.png', metrics, body)
+  body['seconds'] = clock.seconds()
   path = results.write(folder, job, body)
   print('\n' + report.results_table(body))
   print(f'\nTook {duration(sum(clock.seconds().values()))}. Look at {folder}/results.png and '

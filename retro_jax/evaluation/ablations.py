@@ -6,6 +6,8 @@ says whether retrieval is used. Arithmetic is in bits_per_byte.py, files in resu
 """
 
 import dataclasses
+import functools
+from typing import Any
 
 from retro_jax.data import batches
 from retro_jax.errors import UserError
@@ -42,10 +44,11 @@ def compare(retro: str, baseline: str, examples: str, random_examples: str,
   mesh = partitioning.make_mesh(mesh_config)
   settings = [('baseline', baseline, examples, False), ('retro_off', retro, examples, False),
               ('retro_on', retro, examples, True), ('retro_random', retro, random_examples, True)]
+  load = functools.cache(checkpoints.load_model)  # three settings share the RETRO
   scores: dict[str, Score] = {}
   for setting, model_folder, folder, retrieval in settings:
     if model_folder and folder:
-      scores[setting] = _score(model_folder, folder, retrieval, config, mesh)
+      scores[setting] = _score(model_folder, load(model_folder), folder, retrieval, config, mesh)
       value = scores[setting].bits_per_byte
       print(f'evaluate: {setting:13s} {value:.4f} bits per byte', flush=True)
   if not scores:
@@ -53,10 +56,10 @@ def compare(retro: str, baseline: str, examples: str, random_examples: str,
   return scores
 
 
-def _score(model_folder: str, folder: str, retrieval: bool, config: EvaluationConfig,
-           mesh: partitioning.Mesh) -> Score:
+def _score(model_folder: str, loaded: tuple[Any, Any, Any], folder: str, retrieval: bool,
+           config: EvaluationConfig, mesh: partitioning.Mesh) -> Score:
   from retro_jax.data import tasks  # brings TensorFlow
-  model, parameters, vocabulary = checkpoints.load_model(model_folder)
+  model, parameters, vocabulary = loaded
   if retrieval and not model.has_retrieval:
     raise UserError(f'{model_folder}: is a baseline without retrieval, no RETRO')
   tasks.register_task(TASK, folder, config.num_neighbors or model.num_neighbors)

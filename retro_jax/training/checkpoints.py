@@ -88,14 +88,11 @@ def write_model_description(folder: str | Path, model: RetroConfig,
                      {'model': dataclasses.asdict(model), 'vocabulary': dict(vocabulary)})
 
 
-def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, Any]]:
-  """A finished model: config, float32 parameters on the default device, its vocabulary's facts.
-
-  Args:
-    folder: of a run (its newest checkpoint is taken) or of an exported model.
+def read_model_description(folder: str | Path) -> tuple[RetroConfig, dict[str, Any]]:
+  """What `model.json` says, without reading parameters: the config, the vocabulary's facts.
 
   Raises:
-    UserError: no model there, none finished, or parameters that do not fit `model.json`.
+    UserError: no model there.
   """
   path = Path(folder) / MODEL_JSON
   try:
@@ -105,7 +102,19 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
                     'train one first') from None
   except json.JSONDecodeError as error:
     raise UserError(f'{path}: not valid JSON ({error}); export or train the model again') from None
-  model = RetroConfig(**described['model'])
+  return RetroConfig(**described['model']), described['vocabulary']
+
+
+def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, Any]]:
+  """A finished model: config, float32 parameters on the default device, its vocabulary's facts.
+
+  Args:
+    folder: of a run (its newest checkpoint is taken) or of an exported model.
+
+  Raises:
+    UserError: no model there, none finished, or parameters that do not fit `model.json`.
+  """
+  model, vocabulary = read_model_description(folder)
   expected = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
   exported = Path(folder) / SAFETENSORS
   found = _read_exported(exported) if exported.exists() else _read_newest(Path(folder))
@@ -115,7 +124,7 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
       raise UserError(f'{folder}: parameter {name} is {shape}, {MODEL_JSON} asks for {leaf.shape}; '
                       'the two do not belong together')
   parameters = {name: jnp.asarray(found[name], jnp.float32) for name in expected}
-  return model, parameters, described['vocabulary']
+  return model, parameters, vocabulary
 
 
 def export_model(run_dir: str | Path, vocabulary_path: str | Path, folder: str | Path,

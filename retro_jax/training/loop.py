@@ -241,7 +241,6 @@ class _Speed:
     self._last_step = last
     self._mark = first + 1  # the first step compiles
     self._time: float | None = None
-    self._first = first
 
   def paused(self) -> '_Speed':
     return self

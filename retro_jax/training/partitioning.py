@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from retro_jax.data.batches import BATCH_SPEC
 from retro_jax.errors import UserError, nearest
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
-# Examples are spread over both; parameters only over `fsdp` and `tensor`.
-BATCH_SPEC = PartitionSpec(('data', 'fsdp'))
 
 
 @dataclasses.dataclass(frozen=True)
