@@ -9,9 +9,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Cells of one [r + 1, pairs] table. A few tables of so many bytes stay in the cache of one
-# core, which is worth more than fewer steps; they are also all the memory that is needed.
-_CELLS = 1 << 16
+# Tokens of the pairs that are compared at a time: some 20 MB of tables. Fewer would fit a
+# core's cache, but then the many short rows of each step cost more than the cache saves.
+_TOKENS_AT_ONCE = 1 << 19
 
 
 class Spans(NamedTuple):
@@ -54,7 +54,7 @@ def common_substring_spans(
   Of several of the same length the one that begins first in `a`, and of its places in `b` the
   first.
   """
-  return Spans(*_in_blocks(_longest_with_ends, 3, a, b, a_lengths, b_lengths))
+  return Spans(*_in_blocks(_longest_with_starts, 3, a, b, a_lengths, b_lengths))
 
 
 def longest_common_prefix(
@@ -80,7 +80,7 @@ def _in_blocks(function, outputs: int, a: np.ndarray, b: np.ndarray,
     b_lengths = np.broadcast_to(b_lengths, pairs).reshape(-1)
   if not a.shape[1] or not b.shape[-1]:
     return result.reshape((outputs,) + pairs)
-  step = max(1, _CELLS // (a.shape[1] + b.shape[-1]))
+  step = max(1, _TOKENS_AT_ONCE // (a.shape[1] + b.shape[-1]))
   for first in range(0, result.shape[1], step):
     block = slice(first, first + step)
     rows = np.arange(first, min(first + step, result.shape[1])) // partners
@@ -92,10 +92,10 @@ def _in_blocks(function, outputs: int, a: np.ndarray, b: np.ndarray,
 
 def _clean(tokens: np.ndarray, lengths: np.ndarray | None) -> np.ndarray:
   """The ids that count; 0 elsewhere."""
-  counts = tokens > 0
+  tokens = np.maximum(tokens, 0)
   if lengths is not None:
-    counts &= np.arange(tokens.shape[1]) < lengths[:, None]
-  return np.where(counts, tokens, 0)
+    tokens *= np.arange(tokens.shape[1]) < lengths[:, None]
+  return tokens
 
 
 def _unmatchable_padding(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -113,10 +113,9 @@ def _unmatchable_padding(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.n
 def _runs(a: np.ndarray, b: np.ndarray):
   """Yields for each token of `a` the run of equal tokens that ends at each place of `b`.
 
-  Each is uint8 or uint16 [1 + r, n], row 0 always 0, and valid until the next.
+  Each is unsigned [1 + r, n], row 0 always 0, and valid until the next.
   """
-  dtype = np.uint8 if min(len(a), len(b)) < 0xFF else np.uint32
-  previous, current = np.zeros(b.shape, dtype), np.zeros(b.shape, dtype)
+  previous, current = (np.zeros(b.shape, _run_dtype(a, b)) for _ in range(2))
   equal = np.empty(b.shape, bool)
   for token in a:
     np.equal(b, token, out=equal)
@@ -126,25 +125,29 @@ def _runs(a: np.ndarray, b: np.ndarray):
     previous, current = current, previous
 
 
+def _run_dtype(a: np.ndarray, b: np.ndarray) -> np.dtype:
+  """Holds one more than the longest possible run."""
+  return np.min_scalar_type(min(len(a), len(b)) + 1)
+
+
 def _longest(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  longest = None
+  longest = np.zeros(b.shape, _run_dtype(a, b))
   for run in _runs(a, b):
-    longest = run.copy() if longest is None else np.maximum(longest, run, out=longest)
+    np.maximum(longest, run, out=longest)
   return longest.max(0)
 
 
-def _longest_with_ends(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _longest_with_starts(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   """lengths, starts in `a`, starts in `b`: int32 [3, n]."""
-  result = np.zeros((3, b.shape[1]), np.int32)
+  by_end = np.stack([run.max(0) for run in _runs(a, b)]).astype(np.int32)
+  lengths, last = by_end.max(0), by_end.argmax(0)  # the first that ends began first, too
+  b_starts = np.zeros(lengths.shape, np.int32)
+  # A second sweep, because keeping all tables would take m times the memory.
   for i, run in enumerate(_runs(a, b)):
-    length = run.max(0)
-    # Only a longer one replaces: the first end is the first start. argmax is the first in b.
-    longer = np.flatnonzero(length > result[0])
-    if len(longer):
-      found = length[longer].astype(np.int32)
-      ends = np.argmax(run[:, longer], axis=0)  # row j of `run` ends at token j - 1
-      result[:, longer] = found, i + 1 - found, ends - found
-  return result
+    here = np.flatnonzero((last == i) & (lengths > 0))
+    # Row j of `run` ends at token j - 1.
+    b_starts[here] = np.argmax(run[:, here], axis=0) - lengths[here]
+  return np.stack([lengths, np.where(lengths > 0, last + 1 - lengths, 0), b_starts])
 
 
 def _prefix(a: np.ndarray, b: np.ndarray) -> np.ndarray:
