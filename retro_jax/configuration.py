@@ -41,8 +41,11 @@ class CommandLine:
 
 
 def main(job: type, run: Callable[[Any], Any], configurables: Iterable[type] = (),
-         argv: Sequence[str] | None = None) -> None:
-  """Resolves the command line to a `job` and runs it; exits with 2 and one line on bad input."""
+         argv: Sequence[str] | None = None, plan: Callable[[Any], str] | None = None) -> None:
+  """Resolves the command line to a `job` and runs it; exits with 2 and one line on bad input.
+
+  `plan` says what `run` would do; `--dry_run` prints it below the configuration.
+  """
   argv = sys.argv[1:] if argv is None else list(argv)
   if '--help' in argv or '-h' in argv:
     print((sys.modules['__main__'].__doc__ or '').strip() + '\n')
@@ -53,6 +56,8 @@ def main(job: type, run: Callable[[Any], Any], configurables: Iterable[type] = (
     resolved = resolve(job, configurables, line)
     if line.dry_run:
       print(describe(resolved))
+      if plan:
+        print('\n' + plan(resolved))
       return
     run(resolved)
   except UserError as error:

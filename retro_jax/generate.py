@@ -10,7 +10,7 @@ from retro_jax.generation.decode import Generation, generate
 from retro_jax.generation.live_retrieval import LiveRetriever
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
-from retro_jax.retrieval.index import load_index
+from retro_jax.retrieval.sharded_index import Index
 from retro_jax.training.checkpoints import load_model
 
 
@@ -68,7 +68,7 @@ def run(job: GenerateJob) -> Generation:
         raise UserError(f'GenerateJob.{name} is empty; name its folder or set '
                         'GenerateJob.retrieval = False')
     database = ChunkDatabase.open(job.database)
-    retriever = LiveRetriever(database, load_index(job.index, database.embedding_fingerprint),
+    retriever = LiveRetriever(database, Index.open(job.index, database),
                               job.embedder, vocabulary, job.num_neighbors or model.num_neighbors)
   elif job.retrieval:
     print(f'{job.run_dir}: a baseline, which has no layers that read neighbours')

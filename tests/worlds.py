@@ -10,7 +10,8 @@ import numpy as np
 from retro_jax.data import vocabulary as vocabulary_lib
 from retro_jax.data.corpus import Document, JsonLines
 from retro_jax.retrieval import database as database_lib
-from retro_jax.retrieval import pipeline
+from retro_jax.retrieval import database_build, pipeline
+from retro_jax.retrieval.database_build import DatabaseConfig
 from retro_jax.retrieval.embedders import LexicalEmbedder
 
 WORDS = ('def return self import class None True the of a model layer chunk token neighbour '
@@ -56,14 +57,14 @@ def embedder(dimension: int = 16) -> LexicalEmbedder:
 
 
 def store(folder: Path, rows: list[Document], chunk_length: int = 8, dimension: int = 16,
-          documents_per_shard: int = 5, shuffle_seed: int | None = None,
+          chunks_per_shard: int = 40, shuffle_seed: int | None = None,
           ) -> database_lib.ChunkDatabase:
   """A chunk store of these documents."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   source = write_source(folder.with_suffix('.jsonl'), rows)
-  return database_lib.build_chunk_database(
-      folder, source, vocabulary(), chunk_length, embedder(dimension),
-      documents_per_shard=documents_per_shard, shuffle_seed=shuffle_seed)
+  return database_build.build_chunk_database(
+      folder, source, vocabulary(), DatabaseConfig(chunk_length, chunks_per_shard, shuffle_seed),
+      embedder(dimension))
 
 
 def examples(folder: Path, rows: list[Document], sequence_length: int = 32,

@@ -1,7 +1,7 @@
 """Training examples on disk: TFRecords of one constant length, reached by number.
 
-Two sets with equal shards and order: `examples-*` hold the tokens of a sequence,
-`neighbors-*` what its chunks retrieved. Every record is a tf.train.Example whose features
+Each shard holds two files of equal order: `examples.tfrecord` with the tokens of sequences,
+`neighbors.tfrecord` with what their chunks retrieved. Every record is a tf.train.Example whose features
 are little-endian arrays of fixed size, so that record i of a shard lies at i times the
 record size, and any TFRecord reader understands the files all the same. No TensorFlow
 here; seqio is in tasks.py, the order of examples in batches.py.
@@ -19,11 +19,11 @@ from typing import Any, BinaryIO
 import google_crc32c
 import numpy as np
 
-from retro_jax import storage
+from retro_jax import files, storage
 from retro_jax.errors import UserError
 
 KIND = 'retrieval-examples'
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 EXAMPLES, NEIGHBORS = 'examples', 'neighbors'
 
 
@@ -41,7 +41,7 @@ class ArraySpec:
 
 def example_specs(
     sequence_length: int, chunk_length: int, token_dtype: str) -> dict[str, ArraySpec]:
-  """Features of the records of `examples-*`: n tokens in l chunks."""
+  """Features of the records of `examples.tfrecord`: n tokens in l chunks."""
   l = sequence_length // chunk_length
   return {
       'chunk_ids': ArraySpec('<i8', (l,)),
@@ -55,7 +55,7 @@ def example_specs(
 def neighbor_specs(
     num_chunks: int, num_neighbors: int, retrieved_length: int, token_dtype: str,
 ) -> dict[str, ArraySpec]:
-  """Features of the records of `neighbors-*`: l chunks, K neighbours, r tokens each."""
+  """Features of the records of `neighbors.tfrecord`: l chunks, K neighbours, r tokens each."""
   return {
       'distances': ArraySpec('<f4', (num_chunks, num_neighbors)),
       'ids': ArraySpec('<i8', (num_chunks, num_neighbors)),
@@ -161,9 +161,14 @@ def masked_crc(data: bytes) -> int:
   return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def shard_path(folder: str | os.PathLike, name: str, shard: int, num_shards: int) -> Path:
+def shard_folder(folder: str | os.PathLike, shard: int) -> Path:
+  """Folder of one shard: a file of each of the two sets."""
+  return Path(folder) / f'shard-{shard:05d}'
+
+
+def shard_path(folder: str | os.PathLike, name: str, shard: int) -> Path:
   """File of one shard of one of the two sets."""
-  return Path(folder) / f'{name}-{shard:05d}-of-{num_shards:05d}.tfrecord'
+  return shard_folder(folder, shard) / f'{name}.tfrecord'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,34 +210,24 @@ def check_multiple(sequence_length: int, chunk_length: int) -> None:
 
 
 class RecordWriter:
-  """Writes pairs of records into the shards of both sets, in order."""
+  """Writes pairs of records into the two files of one shard, in order."""
 
-  def __init__(
-      self, folder: str | os.PathLike, shape: ExampleShape, num_examples: int,
-      examples_per_shard: int):
-    self._folder, self._layouts = folder, shape.layouts()
-    self._per_shard = examples_per_shard
-    self._num_shards = -(-num_examples // examples_per_shard)
-    self._written = 0
-    self._files: dict[str, BinaryIO] = {}
+  def __init__(self, folder: str | os.PathLike, shape: ExampleShape):
+    """Starts both files in `folder`, which is that of the shard."""
+    self._layouts = shape.layouts()
+    self._files: dict[str, BinaryIO] = {
+        name: open(Path(folder) / f'{name}.tfrecord', 'wb')  # pylint: disable=consider-using-with
+        for name in self._layouts}
 
   def write(self, example: Mapping[str, Any], neighbors: Mapping[str, Any]) -> None:
     """Adds one sequence and its neighbours."""
-    if self._written % self._per_shard == 0:
-      self.close()
-      shard = self._written // self._per_shard
-      for name in self._layouts:
-        path = shard_path(self._folder, name, shard, self._num_shards)
-        self._files[name] = open(path, 'wb')  # pylint: disable=consider-using-with
     for name, arrays in ((EXAMPLES, example), (NEIGHBORS, neighbors)):
       self._files[name].write(self._layouts[name].encode(arrays))
-    self._written += 1
 
   def close(self) -> None:
-    """Closes the shard in hand."""
+    """Closes both files."""
     for file in self._files.values():
       file.close()
-    self._files = {}
 
 
 class Examples:
@@ -250,7 +245,7 @@ class Examples:
     Raises:
       UserError: nothing there, something else, or files missing or cut short.
     """
-    self.folder = Path(folder)
+    self.folder = Path(files.fetch_tree(folder))
     self.manifest = storage.read_manifest(folder, KIND)
     if self.manifest['format_version'] != FORMAT_VERSION:
       raise UserError(f'{folder}: format version {self.manifest["format_version"]}, '
@@ -267,16 +262,17 @@ class Examples:
 
   def paths(self, name: str) -> list[Path]:
     """All files of one of the two sets, in order."""
-    return [shard_path(self.folder, name, i, self.num_shards) for i in range(self.num_shards)]
+    return [shard_path(self.folder, name, i) for i in range(self.num_shards)]
 
   @functools.cache  # pylint: disable=method-cache-max-size-none
   def _records(self, name: str, shard: int) -> np.ndarray:
-    path = shard_path(self.folder, name, shard, self.num_shards)
+    path = shard_path(self.folder, name, shard)
     size = self.layouts[name].record_size
     expected = min(self.examples_per_shard, self.num_examples - shard * self.examples_per_shard)
-    if os.path.getsize(path) != expected * size:
-      raise UserError(f'{path}: {os.path.getsize(path)} bytes, expected {expected} records of '
-                      f'{size}; rebuild the examples')
+    there = path.stat().st_size if path.exists() else 0
+    if there != expected * size:
+      raise UserError(f'{path}: {there:,} bytes, expected {expected:,} records of {size:,}; '
+                      'rebuild the examples')
     return np.memmap(path, np.uint8, 'r', shape=(expected, size))
 
   def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
@@ -304,7 +300,7 @@ class Examples:
       for shard in np.unique(shards[shards >= 0]):
         here = np.flatnonzero(shards == shard)
         rows = indices[here] % self.examples_per_shard
-        where = f'{shard_path(self.folder, name, shard, self.num_shards)}: records {rows.tolist()}'
+        where = f'{shard_path(self.folder, name, shard)}: records {rows.tolist()}'
         for feature, values in layout.decode(self._records(name, int(shard))[rows], where).items():
           features[feature][here] = values
       prefix = 'neighbor_' if name == NEIGHBORS else ''

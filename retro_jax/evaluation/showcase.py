@@ -18,7 +18,7 @@ from retro_jax.evaluation import report_page
 from retro_jax.generation.decode import Generation, generate
 from retro_jax.generation.live_retrieval import LiveRetriever
 from retro_jax.retrieval.database import ChunkDatabase
-from retro_jax.retrieval.index import load_index
+from retro_jax.retrieval.sharded_index import Index
 from retro_jax.training import step
 from retro_jax.training.checkpoints import load_model
 
@@ -77,7 +77,7 @@ def sample(model_folder: str, queries: ChunkDatabase, database: ChunkDatabase,
   first = queries.document_info(document)['first_chunk']
   tokens = queries.tokens(np.arange(first, first + prompt_chunks))
   prompt = vocabulary.decode(tokens.ravel().tolist())
-  retriever = LiveRetriever(database, load_index(index_folder, database.embedding_fingerprint),
+  retriever = LiveRetriever(database, Index.open(index_folder, database),
                             embedder, vocabulary, model.num_neighbors)
   return generate(model, parameters, vocabulary, retriever, prompt, max_new_tokens, temperature=0.0,
                   sequence_length=sequence_length)

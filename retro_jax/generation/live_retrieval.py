@@ -13,7 +13,8 @@ from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import Embedder
-from retro_jax.retrieval.index import Index
+from retro_jax.retrieval.search import nearest_visible
+from retro_jax.retrieval.sharded_index import Index
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class LiveRetriever:
   def neighbors(self, chunk_tokens: np.ndarray) -> FoundNeighbors:
     """The k nearest chunks of the database, with their continuations.
 
-    Nothing is filtered: text that is being written belongs to no document yet.
+    Only removed documents are filtered: text that is being written belongs to no document yet.
 
     Args:
       chunk_tokens: int [m], a complete chunk.
@@ -90,9 +91,12 @@ class LiveRetriever:
                       f'{self.database.folder} holds chunks of {self.chunk_length} tokens; '
                       'use a model of that chunk length')
     text = self._vocabulary.decode(chunk_tokens.tolist())
-    # Rounded as stored vectors are, so that a chunk of the database is at distance 0 of itself.
-    vector = self._embedder.embed([text]).astype('<f2').astype(np.float32)
-    ids, distances = (found[0] for found in self._index.search(vector, self.num_neighbors))
+    query = [text]
+    if self._index.method != 'bm25':
+      # Rounded as stored vectors are, so that a chunk of the database is at distance 0 of itself.
+      query = self._embedder.embed(query).astype('<f2').astype(np.float32)
+    ids, distances = (found[0] for found in nearest_visible(
+        self._index, query, self.num_neighbors))
     return FoundNeighbors(ids, distances, *self.database.with_continuation(ids))
 
 

@@ -1,42 +1,49 @@
 """The chunk store: documents cut into chunks of m tokens, column by column, memory-mapped.
 
-One class serves the database that is searched and the splits that query it. Building one
-lives here too; embedding models, the index and the search do not. Layout of a store:
+Reading one is here, and so is its format; building one is database_build.py's, removing
+documents database_edit.py's. One class serves the database that is searched and the splits
+that query it. Layout of a store:
 
-  manifest.json               kind 'chunk-database'
-  documents.jsonl             one line a document: id, title, source, bytes, metadata, chunks
-  shard-00000/tokens.npy      [C, m] uint16, or uint32 when the vocabulary needs it
-  shard-00000/valid_length.npy  [C] int32, tokens that are not padding
-  shard-00000/text_bytes.npy  [C] int32, UTF-8 bytes the chunk stands for
-  shard-00000/document.npy    [C] int32, ordinal of the document (its line in documents.jsonl)
-  shard-00000/embedding.npy   [C, d0] float16, where an embedder was given
+  manifest.json                    kind 'chunk-database': counts, vocabulary, list of shards
+  vocabulary.model                 what turns its tokens back into text
+  removed.json                     documents that nobody may see any more (tombstones)
+  chunks/INPUT/manifest.json       kind 'chunks': one input, cut into one or more shards
+  chunks/INPUT/00000/tokens.npy        [C, m] uint16, or uint32 when the vocabulary needs it
+  chunks/INPUT/00000/valid_length.npy  [C] int32, tokens that are not padding
+  chunks/INPUT/00000/text_bytes.npy    [C] int32, UTF-8 bytes the chunk stands for
+  chunks/INPUT/00000/document.npy      [C] int32, which document of the shard
+  chunks/INPUT/00000/documents.jsonl   one line a document: id, title, source, bytes, ...
+  chunks/INPUT/00000/document_line.npy   [D + 1] int64, where each line begins
+  chunks/INPUT/00000/document_chunk.npy  [D + 1] int64, the first chunk of each document
+  embeddings/INPUT-00000/embedding.npy   [C, d0] float16, where an embedder was given
+  ids/hash-00.npy, ids/ordinal-00.npy    documents by a hash of their id, in buckets
 
-Chunks are numbered through all shards in order, a document's chunks are consecutive, and
-no chunk holds text of two documents.
+Chunks and documents are numbered through all shards in order, a document's chunks are
+consecutive, and no chunk holds text of two documents.
 """
 
 import dataclasses
 import functools
-import itertools
+import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from retro_jax import storage
-from retro_jax.data.chunking import chunk_documents
+from retro_jax import files, storage
 from retro_jax.errors import UserError
-from retro_jax.progress import Progress
 
 KIND = 'chunk-database'
-FORMAT_VERSION = 1
+CHUNKS_KIND, EMBEDDINGS_KIND, IDS_KIND = 'chunks', 'embeddings', 'document-ids'
+FORMAT_VERSION = 2
 PAD_ID = 0
-_COLUMNS = ('tokens', 'valid_length', 'text_bytes', 'document')
-# An embedder sorts these by length; each block is on disk before the next.
-_EMBED_AT_ONCE = 16384
+REMOVED = 'removed.json'
+VOCABULARY = 'vocabulary.model'
+# Open memory maps are bounded by the operating system; few shards are read at a time.
+_OPEN_COLUMNS = 4096
 
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
@@ -44,12 +51,135 @@ def token_dtype(vocabulary_size: int) -> np.dtype:
   return np.dtype('<u2' if vocabulary_size <= 1 << 16 else '<u4')
 
 
-class ChunkDatabase:
-  """Read access to a finished store; any array of chunk ids, of any shape, in one call."""
+def id_hash(document_id: str) -> int:
+  """64 bits of a document id, equal on every machine."""
+  data = document_id.encode('utf-8', 'surrogatepass')
+  return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), 'little')
 
-  def __init__(self, folder: str | os.PathLike, manifest: dict[str, Any]):
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One shard of a store, as its manifest lists it.
+
+  Attributes:
+    input: folder under chunks/ that it lies in.
+    part: which shard of that input.
+    chunks, documents: how many.
+    content: fingerprint of what the input's chunks are.
+    embedding: sha256 of the embeddings, '' where there are none.
+  """
+
+  input: str
+  part: int
+  chunks: int
+  documents: int
+  content: str
+  embedding: str = ''
+
+  @property
+  def name(self) -> str:
+    return f'{self.input}-{self.part:05d}'
+
+  def chunks_folder(self, database: str | os.PathLike) -> Path:
+    return Path(database) / 'chunks' / self.input / f'{self.part:05d}'
+
+  def embedding_folder(self, database: str | os.PathLike) -> Path:
+    return Path(database) / 'embeddings' / self.name
+
+
+def open_column(path: Path) -> np.ndarray:
+  """A memory-mapped `.npy` file.
+
+  Raises:
+    UserError: it is missing or cut short.
+  """
+  try:
+    return np.load(path, mmap_mode='r')
+  except (OSError, ValueError) as error:
+    raise UserError(f'{path}: missing or damaged ({error}); run `build_database.py verify` on '
+                    'the database and build it again') from None
+
+
+class ShardedRows:
+  """A column of several shards as one array: `len`, `shape`, rows by slice or by number."""
+
+  def __init__(self, paths: Sequence[Path], lengths: Sequence[int]):
+    self._paths = list(paths)
+    self._starts = np.cumsum([0, *lengths])
+    self._open = functools.lru_cache(_OPEN_COLUMNS)(lambda shard: open_column(self._paths[shard]))
+
+  def __len__(self) -> int:
+    return int(self._starts[-1])
+
+  @functools.cached_property
+  def _row(self) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and dtype of one row."""
+    shard = int(np.argmax(np.diff(self._starts) > 0))
+    column = self._open(shard)
+    return column.shape[1:], column.dtype
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return (len(self),) + self._row[0]
+
+  @property
+  def dtype(self) -> np.dtype:
+    return self._row[1]
+
+  def __getitem__(self, rows: Any) -> np.ndarray:
+    """Rows of a slice or of an integer array of any shape; a copy.
+
+    Raises:
+      IndexError: there is no such row.
+    """
+    if isinstance(rows, slice):
+      first, last, step = rows.indices(len(self))
+      assert step == 1
+      return self._between(first, last)
+    ids = np.asarray(rows, np.int64)
+    if ids.size and (ids.min() < 0 or ids.max() >= len(self)):
+      raise IndexError(f'{self._paths[0].name}: rows {ids.min()}..{ids.max()} asked for, '
+                       f'there are 0..{len(self) - 1}')
+    shape, dtype = self._row
+    result = np.empty(ids.shape + shape, dtype)
+    shards = np.searchsorted(self._starts, ids, 'right') - 1
+    for shard in np.unique(shards):
+      here = shards == shard
+      result[here] = self._open(int(shard))[ids[here] - self._starts[shard]]
+    return result
+
+  def _between(self, first: int, last: int) -> np.ndarray:
+    pieces = [np.empty((0,) + self._row[0], self._row[1])]
+    shard = int(np.searchsorted(self._starts, first, 'right')) - 1
+    while first < last:
+      start, end = self._starts[shard:shard + 2]
+      stop = min(last, int(end))
+      if stop > first:
+        pieces.append(np.asarray(self._open(shard)[first - start:stop - start]))
+      first, shard = stop, shard + 1
+    return np.concatenate(pieces) if len(pieces) > 2 else pieces[-1]
+
+  def part(self, first: int, last: int) -> 'ShardedRows':
+    """Rows [first, last) as a column of their own; both are ends of shards."""
+    a, b = np.searchsorted(self._starts, [first, last])
+    return ShardedRows(self._paths[a:b], np.diff(self._starts)[a:b])
+
+
+class ChunkDatabase:
+  """Read access to a finished store; any array of chunk ids, of any shape, in one call.
+
+  Attributes:
+    location: where it lies, as it was given; `folder` is where its files are read.
+    fingerprint: of the content of all columns and of what was removed.
+    embedding_fingerprint: of the embeddings alone, which is what an index needs.
+    removed: ordinals of the documents that nobody may see any more, int64, ascending.
+  """
+
+  def __init__(self, location: str | os.PathLike, manifest: dict[str, Any],
+               folder: str | os.PathLike | None = None):
     """Use `ChunkDatabase.open`."""
-    self.folder = Path(folder)
+    self.location = location
+    self.folder = Path(location if folder is None else folder)
     self.manifest = manifest
     self.chunk_length: int = manifest['chunk_length']
     self.num_chunks: int = manifest['counts']['chunks']
@@ -58,54 +188,71 @@ class ChunkDatabase:
     embedder = manifest['embedder']
     self.embedding_dimension: int = embedder['dimension'] if embedder else 0
     self.embedder_fingerprint: str | None = embedder['fingerprint'] if embedder else None
-    # Of the content of all files, and of the embeddings alone, which is what an index needs.
-    checksums = {name: facts['sha256'] for name, facts in manifest['files'].items()}
+    self.shards = [Shard(**shard) for shard in manifest['shards']]
+    removed = read_removed(self.folder)
     self.fingerprint: str = storage.fingerprint(
-        [checksums, self.chunk_length, manifest['vocabulary'], self.embedder_fingerprint])
-    self.embedding_fingerprint: str = storage.fingerprint(
-        [sha for name, sha in sorted(checksums.items()) if name.endswith('embedding.npy')])
-    self._starts = np.cumsum([0] + manifest['counts']['chunks_by_shard'])
+        [[(s.content, s.part, s.embedding) for s in self.shards], self.chunk_length,
+         manifest['vocabulary'], self.embedder_fingerprint, removed])
+    self.embedding_fingerprint: str = storage.fingerprint([s.embedding for s in self.shards])
+    self.chunk_starts = np.cumsum([0] + [s.chunks for s in self.shards])
+    self.document_shard_starts = np.cumsum([0] + [s.documents for s in self.shards])
+    ordinals = [self.ordinal_of(document) for document in removed]
+    self.removed = np.array(sorted(o for o in ordinals if o is not None), np.int64)
 
   @classmethod
   def open(cls, folder: str | os.PathLike) -> 'ChunkDatabase':
-    """Opens a finished store.
+    """Opens a finished store; a remote one is copied to the local cache first.
 
     Raises:
       UserError: nothing there, something else, another format version, or files missing.
     """
-    manifest = storage.read_manifest(folder, KIND)
+    local = files.fetch_tree(folder)
+    manifest = storage.read_manifest(local, KIND)
     if manifest['format_version'] != FORMAT_VERSION:
       raise UserError(f'{folder}: format version {manifest["format_version"]}, '
                       f'expected {FORMAT_VERSION}; rebuild the {KIND}')
-    return cls(folder, manifest)
+    return cls(folder, manifest, local)
 
   def tokens(self, ids: Any) -> np.ndarray:
     """Tokens of chunks `ids` [...]: int32 [..., m]; padding is 0."""
-    return self._gather('tokens', ids).astype(np.int32)
+    return self._column('tokens')[ids].astype(np.int32)
 
   def valid_length(self, ids: Any) -> np.ndarray:
     """How many tokens of each chunk are not padding: int32 [...]."""
-    return self._gather('valid_length', ids)
+    return self._column('valid_length')[ids]
 
   def text_bytes(self, ids: Any) -> np.ndarray:
     """UTF-8 bytes that each chunk stands for: int32 [...]."""
-    return self._gather('text_bytes', ids)
+    return self._column('text_bytes')[ids]
 
   def document(self, ids: Any) -> np.ndarray:
-    """Ordinal of the document of each chunk: int32 [...]."""
-    return self._gather('document', ids)
+    """Ordinal of the document of each chunk: int64 [...]."""
+    ids = np.asarray(ids, np.int64)
+    shards = np.searchsorted(self.chunk_starts, ids, 'right') - 1
+    return self._column('document')[ids] + self.document_shard_starts[shards]
 
   def embedding(self, ids: Any) -> np.ndarray:
     """Embeddings of chunks: float32 [..., d0]."""
-    self._needs_embeddings()
-    return self._gather('embedding', ids).astype(np.float32)
+    return self.embeddings[np.asarray(ids, np.int64)].astype(np.float32)
+
+  @functools.cached_property
+  def embeddings(self) -> ShardedRows:
+    """All embeddings, float16 [chunks, d0], read as they are asked for.
+
+    Raises:
+      UserError: the store has none.
+    """
+    if not self.embedding_dimension:
+      raise UserError(f'{self.folder}: was built without embeddings; '
+                      'rebuild it with an embedder to search with or in it')
+    return ShardedRows([s.embedding_folder(self.folder) / 'embedding.npy' for s in self.shards],
+                       [s.chunks for s in self.shards])
 
   def embedding_blocks(self, rows: int = 65536) -> Iterator[tuple[int, np.ndarray]]:
     """All embeddings in order, as (first chunk id, float32 [at most `rows`, d0])."""
-    self._needs_embeddings()
-    for start, column in zip(self._starts, self._column('embedding')):
-      for first in range(0, len(column), rows):
-        yield int(start) + first, np.asarray(column[first:first + rows], np.float32)
+    vectors = self.embeddings
+    for first in range(0, self.num_chunks, rows):
+      yield first, vectors[first:first + rows].astype(np.float32)
 
   def with_continuation(self, ids: Any) -> tuple[np.ndarray, np.ndarray]:
     """[N, F] of each chunk: itself and what follows it in its document (paper, section 2.3).
@@ -132,249 +279,104 @@ class ChunkDatabase:
     return tokens, lengths
 
   def document_info(self, ordinal: int) -> dict[str, Any]:
-    """One document: id, title, source, bytes, metadata, first_chunk, num_chunks."""
+    """One document: id, title, source, bytes, metadata, place, first_chunk, num_chunks."""
     if not 0 <= ordinal < self.num_documents:
       raise IndexError(f'document {ordinal} of {self.num_documents}')
-    with open(self.folder / 'documents.jsonl', 'rb') as f:
-      f.seek(self._document_offsets[ordinal])
-      return json.loads(f.readline())
+    shard = int(np.searchsorted(self.document_shard_starts, ordinal, 'right')) - 1
+    local = int(ordinal - self.document_shard_starts[shard])
+    folder = self.shards[shard].chunks_folder(self.folder)
+    begin, end = self._in_shard(shard, 'document_line')[local:local + 2]
+    with open(folder / 'documents.jsonl', 'rb') as f:
+      f.seek(begin)
+      info = json.loads(f.read(end - begin))
+    first, last = self._in_shard(shard, 'document_chunk')[local:local + 2]
+    return {**info, 'first_chunk': int(first + self.chunk_starts[shard]),
+            'num_chunks': int(last - first)}
 
   def ordinal_of(self, document_id: str) -> int | None:
     """The ordinal of the document with this id, None when there is none."""
-    return self._ordinals.get(document_id)
+    bits = self.manifest['id_bits']
+    hashed = id_hash(document_id)
+    bucket = hashed >> (64 - bits) if bits else 0
+    hashes, ordinals = self._bucket(bucket)
+    first, last = np.searchsorted(hashes, np.uint64(hashed), 'left'), np.searchsorted(
+        hashes, np.uint64(hashed), 'right')
+    for place in range(int(first), int(last)):
+      if self.document_info(int(ordinals[place]))['id'] == document_id:
+        return int(ordinals[place])
+    return None
+
+  @property
+  def document_ids(self) -> Sequence[str]:
+    """Id of every document, by ordinal; for stores that fit in memory."""
+    return self._document_ids
 
   @functools.cached_property
-  def document_ids(self) -> Sequence[str]:
-    """Id of every document, by ordinal."""
-    return list(self._ordinals)
+  def _document_ids(self) -> list[str]:
+    return [self.document_info(i)['id'] for i in range(self.num_documents)]
 
   @functools.cached_property
   def document_starts(self) -> np.ndarray:
     """First chunk of each document and, last, the number of chunks: int64 [documents + 1]."""
-    counts = np.zeros(self.num_documents, np.int64)
-    for column in self._column('document'):
-      present, times = np.unique(column, return_counts=True)
-      counts[present] += times
-    return np.concatenate([[0], np.cumsum(counts)])
+    starts = [self._in_shard(i, 'document_chunk')[:-1] + self.chunk_starts[i]
+              for i in range(len(self.shards))]
+    return np.concatenate([*starts, [self.num_chunks]]).astype(np.int64)
 
-  @functools.cached_property
-  def _ordinals(self) -> dict[str, int]:
-    with open(self.folder / 'documents.jsonl', encoding='utf-8', newline='\n') as f:
-      return {json.loads(line)['id']: i for i, line in enumerate(f)}
+  @functools.lru_cache(maxsize=16)  # pylint: disable=method-cache-max-size-none
+  def _column(self, name: str) -> ShardedRows:
+    return ShardedRows([s.chunks_folder(self.folder) / f'{name}.npy' for s in self.shards],
+                       [s.chunks for s in self.shards])
 
-  @functools.cached_property
-  def _document_offsets(self) -> np.ndarray:
-    with open(self.folder / 'documents.jsonl', 'rb') as f:
-      return np.cumsum([0] + [len(line) for line in f])
+  @functools.lru_cache(maxsize=_OPEN_COLUMNS)  # pylint: disable=method-cache-max-size-none
+  def _in_shard(self, shard: int, name: str) -> np.ndarray:
+    return open_column(self.shards[shard].chunks_folder(self.folder) / f'{name}.npy')
 
-  @functools.cache  # pylint: disable=method-cache-max-size-none
-  def _column(self, name: str) -> list[np.ndarray]:
-    return [np.load(shard_folder(self.folder, i) / f'{name}.npy', mmap_mode='r')
-            for i in range(len(self._starts) - 1)]
-
-  def _gather(self, name: str, ids: Any) -> np.ndarray:
-    ids = np.asarray(ids, np.int64)
-    if ids.size and (ids.min() < 0 or ids.max() >= self.num_chunks):
-      raise IndexError(f'{self.folder}: chunk ids {ids.min()}..{ids.max()} asked for, '
-                       f'the store holds 0..{self.num_chunks - 1}')
-    columns = self._column(name)
-    if len(columns) == 1:
-      return np.asarray(columns[0][ids])
-    result = np.empty(ids.shape + columns[0].shape[1:], columns[0].dtype)
-    shards = np.searchsorted(self._starts, ids, 'right') - 1
-    for shard in np.unique(shards):
-      here = shards == shard
-      result[here] = columns[shard][ids[here] - self._starts[shard]]
-    return result
-
-  def _needs_embeddings(self) -> None:
-    if not self.embedding_dimension:
-      raise UserError(f'{self.folder}: was built without embeddings; '
-                      'rebuild it with an embedder to search with or in it')
+  @functools.lru_cache(maxsize=64)  # pylint: disable=method-cache-max-size-none
+  def _bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray]:
+    folder = self.folder / 'ids'
+    return tuple(open_column(folder / f'{name}-{bucket:02d}.npy') for name in ('hash', 'ordinal'))
 
 
-def shard_folder(folder: str | os.PathLike, shard: int) -> Path:
-  """Where the columns of one shard lie."""
-  return Path(folder) / f'shard-{shard:05d}'
-
-
-def build_chunk_database(
-    folder: str | os.PathLike,
-    source: Any,
-    vocabulary: Any,
-    chunk_length: int,
-    embedder: Any | None,
-    *,
-    documents_per_shard: int = 4096,
-    shuffle_seed: int | None = 0,
-) -> ChunkDatabase:
-  """Cuts every document of `source` into chunks and embeds them; skips when current.
-
-  The result depends on the arguments alone. Memory holds one document and one shard of
-  tokens; a shuffle writes the documents to a temporary file in between.
-
-  Args:
-    folder: where the store is to lie.
-    source: a source of documents (data/corpus.py).
-    vocabulary: a `Vocabulary`.
-    chunk_length: m.
-    embedder: turns texts into vectors (retrieval/embedders.py); None stores no embeddings.
-    documents_per_shard: how many documents share a set of files.
-    shuffle_seed: permutes the documents before chunking, so that similar ones do not sit in
-      the same training sequence; None keeps the order of the source.
+def read_removed(folder: str | os.PathLike) -> list[str]:
+  """Ids of the documents removed from a store and not yet compacted away, sorted.
 
   Raises:
-    UserError: no text at all, or two documents with one id.
+    UserError: the list was damaged.
   """
-  if chunk_length < 1 or documents_per_shard < 1:
-    raise UserError(f'chunk_length is {chunk_length} and documents_per_shard is '
-                    f'{documents_per_shard}, expected at least 1')
-  inputs = {
-      'format_version': FORMAT_VERSION,
-      'source': source.describe(),
-      'vocabulary': vocabulary.fingerprint,
-      'embedder': embedder.fingerprint if embedder else None,
-      'chunk_length': chunk_length,
-      'documents_per_shard': documents_per_shard,
-      'shuffle_seed': shuffle_seed,
-  }
-  if storage.is_current(folder, KIND, inputs):
-    return ChunkDatabase.open(folder)
-  manifest: dict[str, Any] = {
-      'kind': KIND,
-      'format_version': FORMAT_VERSION,
-      'inputs': inputs,
-      'chunk_length': chunk_length,
-      'vocabulary': {'size': vocabulary.size, 'fingerprint': vocabulary.fingerprint},
-      'embedder': embedder and {
-          'fingerprint': embedder.fingerprint, 'dimension': embedder.dimension,
-          'description': embedder.describe()},
-  }
-  with storage.building(folder, manifest) as temporary:
-    documents = _documents(source, temporary, shuffle_seed)
-    counts = _write_chunks(temporary, documents, vocabulary, chunk_length, documents_per_shard)
-    if not counts['chunks']:
-      raise UserError(f'{json.dumps(source.describe(), default=str)[:200]}: no text in its '
-                      f'{counts["documents"]} documents; check the pattern or field names')
-    manifest['counts'] = counts
-    if embedder:
-      _write_embeddings(temporary, counts, vocabulary, embedder)
-  return ChunkDatabase.open(folder)
+  path = Path(folder) / REMOVED
+  try:
+    content = json.loads(path.read_text(encoding='utf-8'))
+  except FileNotFoundError:
+    return []
+  except ValueError:
+    content = {}
+  if not storage.manifest_is_whole(content):
+    raise UserError(f'{path}: was changed or cut short (its checksum is wrong); write it again '
+                    'by removing the documents once more')
+  return content['documents']
 
 
-def _documents(source: Any, temporary: Path, shuffle_seed: int | None) -> Iterator[Any]:
-  """Documents of `source`, each id once, in their order or permuted by `shuffle_seed`."""
-  seen: set[str] = set()
-
-  def unique() -> Iterator[Any]:
-    for document in source.documents():
-      if document.id in seen:
-        raise UserError(f'document id {document.id!r} comes twice; ids must be unique: '
-                        'name another id field or remove the copy')
-      seen.add(document.id)
-      yield document
-
-  if shuffle_seed is None:
-    yield from unique()
-    return
-  # A permutation has to know them all; the text waits on disk, not in memory.
-  spool = temporary / 'spool'
-  offsets, make = [0], None
-  with open(spool, 'wb') as f:
-    for document in unique():
-      make = make or type(document)
-      fields = {field.name: getattr(document, field.name)
-                for field in dataclasses.fields(document)}
-      fields['metadata'] = dict(fields['metadata'])
-      offsets.append(offsets[-1] + f.write(json.dumps(fields, default=str).encode() + b'\n'))
-  with open(spool, 'rb') as f:
-    for i in np.random.default_rng(shuffle_seed).permutation(len(offsets) - 1):
-      f.seek(offsets[i])
-      yield make(**json.loads(f.readline()))
-  spool.unlink()
+@functools.lru_cache(maxsize=8)
+def _opened(folder: str, fingerprint: str) -> ChunkDatabase:
+  database = ChunkDatabase.open(folder)
+  if database.fingerprint != fingerprint:
+    raise UserError(f'{folder}: changed while it was being used; run the command again')
+  return database
 
 
-def _write_chunks(
-    folder: Path, documents: Iterator[Any], vocabulary: Any, chunk_length: int,
-    documents_per_shard: int) -> dict[str, Any]:
-  """Writes all columns but the embeddings, and documents.jsonl; returns the counts."""
-  progress = Progress('chunks', None, 'documents')
-  dtype = token_dtype(vocabulary.size)
-  by_shard: list[int] = []
-  pending: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-  ordinal = num_chunks = num_bytes = num_tokens = in_shard = 0
+def resident(folder: str | os.PathLike, fingerprint: str) -> ChunkDatabase:
+  """The store of this content, opened once a process; for tasks.
 
-  def write_shard() -> None:
-    nonlocal in_shard
-    shard = shard_folder(folder, len(by_shard))
-    shard.mkdir()
-    rows = 0
-    for name, parts in pending.items():
-      empty = np.zeros((0, chunk_length) if name == 'tokens' else (0,), np.int32)
-      column = np.concatenate([empty, *parts])
-      np.save(shard / f'{name}.npy', column.astype(dtype if name == 'tokens' else '<i4'))
-      rows = len(column)
-      parts.clear()
-    by_shard.append(rows)
-    in_shard = 0
-
-  with open(folder / 'documents.jsonl', 'w', encoding='utf-8', newline='\n') as table:
-    # The cutter reads a batch of texts ahead; tee keeps their documents for so long.
-    documents, texts = itertools.tee(documents)
-    cut = chunk_documents((document.text for document in texts), vocabulary, chunk_length)
-    for document, chunks in zip(documents, cut, strict=True):
-      count, size = len(chunks.tokens), int(np.sum(chunks.text_bytes))
-      pending['tokens'].append(chunks.tokens)
-      pending['valid_length'].append(chunks.valid_length)
-      pending['text_bytes'].append(chunks.text_bytes)
-      pending['document'].append(np.full(count, ordinal, np.int32))
-      line = {
-          'id': document.id, 'title': document.title, 'source': document.source, 'bytes': size,
-          'metadata': dict(document.metadata), 'first_chunk': num_chunks, 'num_chunks': count}
-      table.write(json.dumps(line, default=str) + '\n')
-      ordinal, num_chunks, num_bytes = ordinal + 1, num_chunks + count, num_bytes + size
-      num_tokens += int(np.sum(chunks.valid_length))
-      in_shard += 1
-      if in_shard == documents_per_shard:
-        write_shard()
-      progress.update()
-    if in_shard:
-      write_shard()
-  progress.close()
-  return {'documents': ordinal, 'chunks': num_chunks, 'chunks_by_shard': by_shard,
-          'tokens': num_tokens, 'text_bytes': num_bytes}
-
-
-def _write_embeddings(
-    folder: Path, counts: Mapping[str, Any], vocabulary: Any, embedder: Any) -> None:
-  """Embeds every chunk into shard-*/embedding.npy, block after block."""
-  progress = Progress('embeddings', counts['chunks'], 'chunks')
-  for shard, rows in enumerate(counts['chunks_by_shard']):
-    path = shard_folder(folder, shard) / 'embedding.npy'
-    tokens = np.load(path.with_name('tokens.npy'), mmap_mode='r')
-    column = np.lib.format.open_memmap(
-        path, 'w+', dtype='<f2', shape=(rows, embedder.dimension)) if rows else np.zeros(
-            (0, embedder.dimension), '<f2')
-    for first in range(0, rows, _EMBED_AT_ONCE):
-      block = tokens[first:first + _EMBED_AT_ONCE]
-      texts = [vocabulary.decode(row.tolist()) for row in block]
-      vectors = embedder.embed(texts, on_progress=progress.update)
-      with np.errstate(over='ignore'):
-        stored = vectors.astype('<f2')
-      if not np.isfinite(stored).all():
-        raise UserError(f'{embedder.describe()}: an embedding is not finite in float16; '
-                        'use an embedder whose values stay below 65504')
-      column[first:first + len(block)] = stored
-    if rows:
-      column.flush()
-    else:
-      np.save(path, column)
-  progress.close()
+  Raises:
+    UserError: the store is another by now.
+  """
+  return _opened(str(folder), fingerprint)
 
 
 def describe(database: ChunkDatabase) -> str:
   """One line about a store, for a person."""
   counts = database.manifest['counts']
+  gone = f', {len(database.removed):,} documents removed' if len(database.removed) else ''
   return (f'{counts["documents"]:,} documents, {counts["chunks"]:,} chunks of '
           f'{database.chunk_length}, {counts["tokens"]:,} tokens, '
-          f'{counts["text_bytes"] / 1e6:,.1f} MB of text')
+          f'{counts["text_bytes"] / 1e6:,.1f} MB of text in {len(database.shards):,} shards{gone}')
