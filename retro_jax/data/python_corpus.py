@@ -97,6 +97,20 @@ class PythonLibrary:
       raise UserError(f'PythonLibrary: held_out is {self.held_out}, expected a share of the '
                       'files between 0 and 0.5')
 
+  def shards(self) -> list['PythonLibrary']:
+    """Itself: which files a split has is decided by looking at all of them."""
+    return [self]
+
+  @property
+  def name(self) -> str:
+    """Of the one shard."""
+    return f'python-library/{self.split}'
+
+  @property
+  def weight(self) -> int:
+    """Bytes of the split's text."""
+    return sum(len(d.text.encode()) for d, _ in self._chosen().documents[self.split])
+
   def documents(self) -> Iterator[Document]:
     """The split's documents in order of path.
 
@@ -122,9 +136,8 @@ class PythonLibrary:
     settings = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)
                 if f.name not in ('report', 'roots')}
     content = [[d.id, hashlib.sha256(d.text.encode()).hexdigest()] for d, _ in documents]
-    return {'kind': 'python-library', **settings, 'roots': list(self.roots),
-            'folders': list(self._folders()), 'suffixes': list(self.suffixes),
-            'documents': len(documents), 'content': fingerprint(content)}
+    return {'kind': 'python-library', **settings, 'folders': list(self._folders()),
+            'suffixes': list(self.suffixes), 'documents': len(documents), 'content': fingerprint(content)}
 
   def _folders(self) -> tuple[str, ...]:
     if self.folders is None:
@@ -222,7 +235,7 @@ def _choose(files: tuple[tuple[str, str, int, int], ...], max_bytes: int, held_o
     total += size
     share = _share(name, 'split')
     split = 'valid' if share < held_out else 'test' if share < 2 * held_out else 'train'
-    document = Document(id=name, text=text, title=name, source=name.split('/')[0])
+    document = Document(id=name, text=text, title=name, source=name.split('/')[0], place=name)
     documents[split].append((document, replaced))
   for rows in documents.values():
     rows.sort(key=lambda row: row[0].id)

@@ -3,16 +3,33 @@
 import gzip
 import json
 import os
+import pickle
+import shutil
 
-import numpy as np
 import pytest
 
-from retro_jax.data.corpus import JsonLines, SeqioDocuments, TextFiles, TfdsDocuments
+from retro_jax import files, storage
+from retro_jax.data.corpus import JsonLines, TextFiles
+from retro_jax.data.input_files import find_files
 from retro_jax.errors import UserError
 
 
 def one_line(error):
   assert '\n' not in str(error.value)
+
+
+def check_shards(source):
+  """Shards survive pickling and add up to the source; returns them."""
+  whole = list(source.documents())
+  shards = pickle.loads(pickle.dumps(source.shards()))
+  assert shards == source.shards()
+  assert [d for shard in shards for d in shard.documents()] == whole
+  assert len({shard.name for shard in shards}) == len(shards)
+  for count in ('documents', 'bytes', 'empty', 'replaced', 'skipped'):
+    assert sum(getattr(shard.report, count) for shard in shards) == getattr(source.report, count)
+  for shard in shards:
+    assert json.loads(json.dumps(shard.describe())) == shard.describe() and shard.weight > 0
+  return shards
 
 
 class TestTextFiles:
@@ -51,12 +68,22 @@ class TestTextFiles:
     (folder / 'new.txt').write_text('x')
     assert source.describe() not in (before, changed)
 
-  def test_large_files_are_described_by_time(self, folder, monkeypatch):
-    monkeypatch.setattr('retro_jax.data.corpus._CHECKSUM_BYTES', 1)
-    source = TextFiles(f'{folder}/b.txt')
-    before = source.describe()
-    os.utime(folder / 'b.txt', (0, 0))
-    assert source.describe() != before
+  def test_shards_are_consecutive_files(self, tmp_path, monkeypatch):
+    monkeypatch.setattr('retro_jax.data.corpus._SHARD_FILES', 4)
+    monkeypatch.setattr('retro_jax.data.corpus._SHARD_BYTES', 30)
+    monkeypatch.setattr('retro_jax.data.corpus._FILES_TO_BORDER', 5)
+    for i in range(40):
+      (tmp_path / f'{i:02d}.txt').write_text('x' * (1 + i % 17))
+    (tmp_path / '20.txt').write_text('larger than a shard may be by a good deal')
+    source = TextFiles(f'{tmp_path}/*.txt')
+    shards = check_shards(source)
+    assert len(shards) > 10
+    assert all(shard.weight <= 30 or len(shard.files) == 1 for shard in shards)
+    # A new file changes few shards: the others are as they were.
+    before = [shard.describe() for shard in shards]
+    (tmp_path / '05b.txt').write_text('new')
+    after = [shard.describe() for shard in source.shards()]
+    assert before[-8:] == after[-8:] and before != after
 
   def test_refusals(self, folder, tmp_path):
     for action in ('documents', 'describe'):
@@ -101,8 +128,8 @@ class TestJsonLines:
     assert document.text.encode() == 'a\ufffdb'.encode()
 
   @pytest.mark.parametrize('line, message', [
-      (b'{"text": ', 'not valid JSON'), (b'[1]', 'expected a JSON object, found list'),
-      (b'{"txt": "x"}', "no such field.*did you mean 'txt'"), (b'{"text": 3}', 'found int')])
+      (b'{"text": ', 'not valid JSON'), (b'[1]', 'expected a JSON object, found a list'),
+      (b'{"txt": "x"}', "no such field.*did you mean 'txt'"), (b'{"text": 3}', 'found a number')])
   def test_bad_line_is_named(self, tmp_path, line, message):
     self.write(tmp_path / 'a.jsonl', [b'{"text": "fine"}', b'', line])
     with pytest.raises(UserError, match=message) as error:
@@ -117,120 +144,104 @@ class TestJsonLines:
     with pytest.raises(UserError, match='no text in it'):
       list(JsonLines(f'{tmp_path}/*.jsonl').documents())
     (tmp_path / 'b.jsonl.gz').write_bytes(b'not zipped')
-    with pytest.raises(UserError, match='cannot be read'):
+    with pytest.raises(UserError, match='holds no gzip data'):
       list(JsonLines(f'{tmp_path}/b.jsonl.gz').documents())
 
+  def test_shards_are_files(self, tmp_path):
+    for name in 'bca':
+      self.write(tmp_path / f'{name}.jsonl', [
+          b'{"text": "%s"}' % name.encode(), b'{"text": ""}',
+          b'{"text": "x", "id": "%d"}' % ord(name)])
+    source = JsonLines(f'{tmp_path}/*.jsonl', metadata_fields=['n'])
+    shards = check_shards(source)
+    assert [shard.name for shard in shards] == ['a.jsonl', 'b.jsonl', 'c.jsonl']
+    places = [d.place for d in shards[1].documents()]
+    assert places == ['b.jsonl:1', 'b.jsonl:2', 'b.jsonl:3']
+    before = [shard.describe() for shard in shards]
+    (tmp_path / 'b.jsonl').write_text('{"text": "changed"}')
+    after = [shard.describe() for shard in source.shards()]
+    assert [x == y for x, y in zip(before, after)] == [True, False, True]
+    (tmp_path / 'b.jsonl').rename(tmp_path / 'd.jsonl')  # ids hold the name
+    assert [shard.describe() for shard in source.shards()][2] != after[1]
 
-TEXTS = ['first', 'sécond\n', '', 'a\0\u2581']
+  def test_settings_change_the_description(self, tmp_path):
+    self.write(tmp_path / 'a.jsonl', [b'{"text": "x"}'])
+    path = str(tmp_path / 'a.jsonl')
+    sources = [JsonLines(path), JsonLines(path, 't'), JsonLines(path, id_field='i'),
+               JsonLines(path, title_field='t'), JsonLines(path, metadata_fields=('m',)),
+               JsonLines(path, skip_bad_lines=True)]
+    for described in ([s.describe() for s in sources],
+                      [s.shards()[0].describe() for s in sources]):
+      assert len({json.dumps(d) for d in described}) == len(sources)
 
+  def test_a_moved_corpus_is_the_same(self, tmp_path):
+    (tmp_path / 'here').mkdir()
+    self.write(tmp_path / 'here' / 'a.jsonl', [b'{"text": "x"}'])
+    (tmp_path / 'here' / 'b.txt').write_text('text')
+    both = lambda folder: [JsonLines(f'{tmp_path}/{folder}/*.jsonl').describe(),
+                           TextFiles(f'{tmp_path}/{folder}/*.txt').describe()]
+    before = both('here')
+    shutil.copytree(tmp_path / 'here', tmp_path / 'there', copy_function=shutil.copyfile)
+    assert both('there') == before
 
-@pytest.fixture(scope='module')
-def tfds_folder(tmp_path_factory):
-  """A TFDS dataset 'small_texts' of TEXTS and numbers, prepared on disk."""
-  import tensorflow_datasets as tfds
-  folder = tmp_path_factory.mktemp('tfds')
-  (folder / 'small_texts' / '1.0.0').mkdir(parents=True)
-  info = tfds.core.DatasetInfo(
-      builder=tfds.core.DatasetIdentity(
-          name='small_texts', version=tfds.core.Version('1.0.0'), module_name='',
-          data_dir=str(folder / 'small_texts' / '1.0.0')),
-      features=tfds.features.FeaturesDict(
-          {'text': tfds.features.Text(), 'url': tfds.features.Text(), 'n': np.int64}))
-  writer = tfds.core.SequentialWriter(info, max_examples_per_shard=3)
-  writer.initialize_splits(['train'])
-  writer.add_examples(
-      {'train': [{'text': t, 'url': f'u{i}', 'n': i} for i, t in enumerate(TEXTS)]})
-  writer.close_all()
-  return str(folder)
-
-
-class TestTfds:
-
-  def test_documents(self, tfds_folder):
-    source = TfdsDocuments('small_texts', data_dir=tfds_folder)
-    documents = list(source.documents())
-    assert [d.text for d in documents] == TEXTS
-    assert [d.id for d in documents] == [f'small_texts/1.0.0/train/{i}' for i in range(4)]
-    assert source.report.documents == 4 and source.report.empty == 1
-    named = TfdsDocuments('small_texts', id_field='url', title_field='url', data_dir=tfds_folder)
-    assert [d.id for d in named.documents()] == [f'u{i}' for i in range(4)]
-
-  def test_describe(self, tfds_folder):
-    source = TfdsDocuments('small_texts', data_dir=tfds_folder)
-    before = source.describe()
-    assert json.loads(json.dumps(before)) == before == source.describe()
-    path = source._builder().info.splits['train'].filepaths[1]
-    content = path.read_bytes()
-    path.write_bytes(content + b'x')
-    assert source.describe() != before
-    path.write_bytes(content)
-    assert source.describe() == before
-
-  def test_refusals(self, tfds_folder):
-    for source, message in [
-        (TfdsDocuments('no_such_texts', data_dir=tfds_folder), 'no such TFDS dataset'),
-        (TfdsDocuments('small_texts', 'validation', data_dir=tfds_folder), 'no split'),
-        (TfdsDocuments('small_texts', text_field='txt', data_dir=tfds_folder), "mean 'text'"),
-        (TfdsDocuments('small_texts', text_field='n', data_dir=tfds_folder), 'holds no text')]:
-      with pytest.raises(UserError, match=message) as error:
-        list(source.documents())
-      one_line(error)
+  def test_a_bucket_gives_what_a_disk_gives(self, tmp_path):
+    lines = b'{"text": "one"}\n{"text": "two"}\n'
+    for name, data in (('a.jsonl', lines), ('b.jsonl.gz', gzip.compress(lines))):
+      files.write_bytes(tmp_path / 'in' / name, data)
+      files.write_bytes(f'ram://corpus/in/{name}', data)
+    disk, bucket = JsonLines(f'{tmp_path}/in/*.jsonl*'), JsonLines('ram://corpus/in/*.jsonl*')
+    assert list(disk.documents()) == list(bucket.documents())
+    assert disk.describe() == bucket.describe()
+    check_shards(bucket)
 
 
-@pytest.fixture(scope='module')
-def seqio_tasks(tmp_path_factory):
-  """One task over lines of a file, one over a Python function."""
-  import seqio
-  import tensorflow as tf
-  path = tmp_path_factory.mktemp('seqio') / 'lines.txt'
-  path.write_text('first\nsecond\n')
-  feature = seqio.Feature(seqio.PassThroughVocabulary(1), dtype=tf.string, rank=0, add_eos=False)
-  seqio.TaskRegistry.add(
-      'small_lines', seqio.TextLineDataSource({'train': str(path)}),
-      preprocessors=[lambda dataset: dataset.map(lambda line: {'text': line})],
-      output_features={'text': feature})
-  texts = list(TEXTS)
-  seqio.TaskRegistry.add(
-      'small_function', seqio.FunctionDataSource(
-          lambda split, shuffle_files, seed=None: tf.data.Dataset.from_tensor_slices(
-              {'text': texts, 'n': range(len(texts))}), splits=['train', 'test']),
-      preprocessors=[], output_features={'text': feature})
-  yield path, texts
-  seqio.TaskRegistry.remove('small_lines')
-  seqio.TaskRegistry.remove('small_function')
+class TestInputFiles:
 
+  @pytest.fixture
+  def large(self, tmp_path, monkeypatch):
+    """A file that counts as large, settled, with a cache of its own."""
+    monkeypatch.setenv('RETRO_JAX_CACHE', str(tmp_path / 'cache'))
+    monkeypatch.setattr('retro_jax.data.input_files._LARGE_BYTES', 4)
+    monkeypatch.setattr('retro_jax.data.input_files._SETTLED_NS', -1)
+    (tmp_path / 'in').mkdir()
+    (tmp_path / 'in' / 'a.txt').write_text('some text')
+    return tmp_path / 'in' / 'a.txt'
 
-class TestSeqio:
+  def remembered(self, path):
+    return sorted((path.parent.parent / 'cache' / 'checksums').glob('*'))
 
-  def test_documents(self, seqio_tasks):
-    source = SeqioDocuments('small_lines')
-    assert [d.text for d in source.documents()] == ['first', 'second']
-    assert [d.id for d in source.documents()] == ['small_lines/train/0', 'small_lines/train/1']
-    source = SeqioDocuments('small_function', 'test', id_field='n')
-    assert [(d.id, d.text) for d in source.documents()] == [
-        (str(i), t) for i, t in enumerate(TEXTS)]
-    assert source.report.empty == 1
+  def checksum(self, path):
+    (file,) = find_files(str(path))
+    return file.checksum()
 
-  def test_describe(self, seqio_tasks):
-    path, texts = seqio_tasks
-    source = SeqioDocuments('small_lines')
-    before = source.describe()
-    assert json.loads(json.dumps(before)) == before == source.describe()
-    path.write_text('first\nsecund\n')
-    assert source.describe() != before
-    source = SeqioDocuments('small_function')
-    before = source.describe()
-    texts[0] = 'fjrst'
-    assert source.describe() != before
-    texts[0] = 'first'
-    assert source.describe() == before
+  def test_checksums_of_large_files_are_remembered(self, large):
+    first = self.checksum(large)
+    assert first == storage.file_checksum(large)
+    (entry,) = self.remembered(large)
+    entry.write_text('f' * 64)
+    assert self.checksum(large) == 'f' * 64  # not read again
+    entry.write_text('cut sh')
+    assert self.checksum(large) == first
 
-  def test_refusals(self, seqio_tasks):
-    for source, message in [
-        (SeqioDocuments('small_linez'), "did you mean 'small_lines'"),
-        (SeqioDocuments('small_lines', 'test'), 'no split'),
-        (SeqioDocuments('small_lines', text_field='txt'), "did you mean 'text'"),
-        (SeqioDocuments('small_function', text_field='n'), 'holds no text')]:
-      with pytest.raises(UserError, match=message) as error:
-        list(source.documents())
-      one_line(error)
+  def test_another_content_of_the_same_size_and_time_is_noticed(self, large):
+    first, status = self.checksum(large), os.stat(large)
+    large.write_text('same size')
+    os.utime(large, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert self.checksum(large) == storage.file_checksum(large) != first
+
+  def test_what_was_just_written_is_not_remembered(self, large, monkeypatch):
+    monkeypatch.setattr('retro_jax.data.input_files._SETTLED_NS', 10**12)
+    self.checksum(large)
+    assert not self.remembered(large)
+
+  def test_no_cache_is_no_error(self, large, tmp_path, monkeypatch):
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setenv('RETRO_JAX_CACHE', str(tmp_path / 'file' / 'cache'))
+    assert self.checksum(large) == storage.file_checksum(large)
+
+  def test_large_remote_files_are_told_by_size_and_time(self, large):
+    files.write_bytes('ram://large/a.txt', b'some text')
+    first = self.checksum('ram://large/a.txt')
+    assert first == self.checksum('ram://large/a.txt') and '9 bytes' in first
+    files.write_bytes('ram://large/a.txt', b'some other text')
+    assert self.checksum('ram://large/a.txt') != first
