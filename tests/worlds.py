@@ -51,6 +51,12 @@ def vocabulary() -> vocabulary_lib.Vocabulary:
       (text(rng, 200) for _ in range(50)), Path(folder) / 'v.model', 384)
 
 
+def content(folder: Path) -> dict[str, bytes]:
+  """Every file under a folder."""
+  return {str(p.relative_to(folder)): p.read_bytes()
+          for p in sorted(Path(folder).rglob('*')) if p.is_file()}
+
+
 def embedder(dimension: int = 16) -> LexicalEmbedder:
   """A cheap embedder of text."""
   return LexicalEmbedder(dimension)

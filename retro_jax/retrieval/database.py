@@ -65,7 +65,8 @@ class Shard:
     input: folder under chunks/ that it lies in.
     part: which shard of that input.
     chunks, documents: how many.
-    content: fingerprint of what the input's chunks are.
+    content: fingerprint of all that was cut from its input.
+    tokens: sha256 of its tokens, on which embeddings depend.
     embedding: sha256 of the embeddings, '' where there are none.
   """
 
@@ -74,6 +75,7 @@ class Shard:
   chunks: int
   documents: int
   content: str
+  tokens: str
   embedding: str = ''
 
   @property

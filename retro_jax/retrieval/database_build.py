@@ -82,7 +82,7 @@ def chunk_tasks(
     seen[name] = shard.name
     without = sorted((compacted or {}).get(name, ()))
     tasks.append(stages.Task(
-        folder=str(files.join(folder, 'chunks', name)), kind=CHUNKS_KIND,
+        folder=files.join(folder, 'chunks', name), kind=CHUNKS_KIND,
         inputs={
             'format_version': FORMAT_VERSION, 'input': shard.describe(),
             'vocabulary': vocabulary.fingerprint, **dataclasses.asdict(config),
@@ -213,7 +213,8 @@ def shards_of(task: stages.Task) -> list[Shard]:
   manifest = task.manifest()
   content = storage.content_fingerprint(manifest)
   name = task.folder.rstrip('/').rsplit('/', 1)[-1]
-  return [Shard(name, i, part['chunks'], part['documents'], content)
+  return [Shard(name, i, part['chunks'], part['documents'], content,
+                manifest['files'][f'{i:05d}/tokens.npy']['sha256'])
           for i, part in enumerate(manifest['parts'])]
 
 
@@ -222,11 +223,11 @@ def embedding_tasks(
 ) -> list[stages.Task]:
   """One task a shard: the embedding of each of its chunks."""
   return [stages.Task(
-      folder=str(files.join(folder, 'embeddings', shard.name)), kind=EMBEDDINGS_KIND,
-      inputs={'format_version': FORMAT_VERSION, 'chunks': shard.content, 'part': shard.part,
-              'embedder': embedder.fingerprint},
+      folder=files.join(folder, 'embeddings', shard.name), kind=EMBEDDINGS_KIND,
+      inputs={'format_version': FORMAT_VERSION, 'tokens': shard.tokens,
+              'vocabulary': vocabulary.fingerprint, 'embedder': embedder.fingerprint},
       make=functools.partial(
-          _make_embeddings, str(files.join(folder, 'chunks', shard.input)), shard.part,
+          _make_embeddings, files.join(folder, 'chunks', shard.input), shard.part,
           vocabulary.path, embedder),
       weight=shard.chunks) for shard in shards]
 
@@ -268,7 +269,7 @@ def with_embedding(shard: Shard, task: stages.Task) -> Shard:
 def ids_task(folder: str | os.PathLike, shards: Sequence[Shard]) -> stages.Task:
   """The table that leads from a document's id to the document; finds ids that come twice."""
   return stages.Task(
-      folder=str(files.join(folder, 'ids')), kind=IDS_KIND,
+      folder=files.join(folder, 'ids'), kind=IDS_KIND,
       inputs={'format_version': FORMAT_VERSION,
               'shards': storage.fingerprint([(s.input, s.part, s.content) for s in shards])},
       make=functools.partial(_make_ids, str(folder), list(shards)))
@@ -304,7 +305,7 @@ def _make_ids(
 
 
 def _table(database: str, shard: Shard) -> Iterator[bytes]:
-  chunks = str(files.join(database, 'chunks', shard.input))
+  chunks = files.join(database, 'chunks', shard.input)
   local = files.fetch_tree(chunks)
   with open(Path(local) / f'{shard.part:05d}' / 'documents.jsonl', 'rb') as f:
     yield from f
@@ -332,7 +333,7 @@ def _refuse_copies(
 def build_chunk_database(
     folder: str | os.PathLike, source: Any, vocabulary: Any, config: DatabaseConfig = (
         DatabaseConfig()), embedder: Any | None = None,
-    runner: stages.Runner = stages.LocalRunner(), add: bool = False) -> ChunkDatabase:
+    runner: stages.Runner = stages.HERE, add: bool = False) -> ChunkDatabase:
   """Cuts every document of `source` into chunks and embeds them; does only what is not done.
 
   The result depends on the arguments but `runner` alone. Documents that `add` brought into
@@ -389,16 +390,35 @@ def withdraw(folder: str | os.PathLike) -> None:
 
 def existing_manifest(folder: str | os.PathLike) -> dict[str, Any]:
   """The manifest of a store that is there or was being changed; empty where there is none."""
+  damaged = False
   for name in (storage.MANIFEST, _WITHDRAWN, storage.DAMAGED):
     path = files.join(folder, name)
     if files.exists(path):
       try:
         manifest = json.loads(files.read_bytes(path))
       except ValueError:
-        continue
+        manifest = None
       if isinstance(manifest, dict) and storage.manifest_is_whole(manifest):
         return manifest
-  return {}
+      damaged = True
+  return _recovered(folder) if damaged else {}
+
+
+def _recovered(folder: str | os.PathLike) -> dict[str, Any]:
+  """What can be told of a store whose manifest was damaged: its inputs, all as if added.
+
+  So that a build keeps documents whose source it is not given, and leaves out those that were
+  compacted away.
+  """
+  names = files.list_folder(files.join(folder, 'chunks'))
+  manifests = {}
+  for name in names:
+    there = files.join(folder, 'chunks', name)
+    if storage.is_whole(there, CHUNKS_KIND):
+      manifests[name] = storage.read_manifest(there, CHUNKS_KIND)
+  return {'shards': [{'input': name} for name in manifests], 'added': list(manifests),
+          'compacted': {name: manifest['inputs']['without']
+                        for name, manifest in manifests.items() if 'without' in manifest['inputs']}}
 
 
 def publish(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> None:
@@ -432,7 +452,7 @@ def planned_chunks(
   wanted = {'vocabulary': vocabulary.fingerprint, **dataclasses.asdict(config)}
   by_name = dict(zip(names, tasks))
   for name in kept:
-    there = str(files.join(folder, 'chunks', name))
+    there = files.join(folder, 'chunks', name)
     manifest = storage.read_manifest(there, CHUNKS_KIND)
     changed = [k for k, v in wanted.items() if manifest['inputs'].get(k) != v]
     if changed:

@@ -53,7 +53,7 @@ def remove_documents(folder: str | os.PathLike, document_ids: Iterable[str]) -> 
 
 
 def compact(
-    folder: str | os.PathLike, runner: stages.Runner = stages.LocalRunner()) -> int:
+    folder: str | os.PathLike, runner: stages.Runner = stages.HERE) -> int:
   """Rewrites every shard that holds a removed document, and empties the list of removals.
 
   Only sha256 sums of the removed ids are kept, so that a later build from a source that still
@@ -125,13 +125,14 @@ def _make_compacted(
       gone |= lost
       new['parts'].append(counts)
     new['inputs'] = {**old['inputs'], 'without': sorted(gone)}
-  content = storage.content_fingerprint(storage.read_manifest(folder / 'chunks', CHUNKS_KIND))
+  sums = storage.read_manifest(folder / 'chunks', CHUNKS_KIND)['files']
   for part, rows in enumerate(kept_rows):
     there = Path(database) / 'embeddings' / f'{name}-{part:05d}'
     if not there.exists():
       continue
     inputs = storage.read_manifest(there, EMBEDDINGS_KIND)['inputs']
-    made = {'kind': EMBEDDINGS_KIND, 'inputs': {**inputs, 'chunks': content}}
+    tokens = sums[f'{part:05d}/tokens.npy']['sha256']
+    made = {'kind': EMBEDDINGS_KIND, 'inputs': {**inputs, 'tokens': tokens}}
     with storage.building(folder / 'embeddings' / there.name, made) as target:
       np.save(target / 'embedding.npy',
               database_lib.open_column(there / 'embedding.npy')[rows])
@@ -167,8 +168,8 @@ def _swap(folder: str | os.PathLike, compacted: Path) -> None:
   if not storage.is_whole(compacted, _COMPACTED_KIND) and not (compacted / '.swapping').exists():
     shutil.rmtree(compacted)
     return
+  # From here on it is used up piece by piece; its name tells the next call to go on.
   (compacted / '.swapping').touch()
-  # Embeddings first: while the old chunks are there, the next call knows what is left to do.
   moves = [(path, Path(folder) / 'embeddings' / path.name)
            for path in sorted((compacted / 'embeddings').glob('*/'))]
   if (compacted / 'chunks').exists():

@@ -131,7 +131,7 @@ def build_examples(
     database: ChunkDatabase,
     index_folder: str | os.PathLike | None,
     config: ExamplesConfig = ExamplesConfig(),
-    runner: stages.Runner = stages.LocalRunner(),
+    runner: stages.Runner = stages.HERE,
     rerank_folder: str | os.PathLike | None = None,
 ) -> records.Examples:
   """The sequences of a store, with neighbours from a database; does only what is not done.
@@ -221,7 +221,7 @@ def near_task(retrieval: Retrieval) -> list[stages.Task]:
   if not policy.near_duplicate_documents:
     return []
   return [stages.Task(
-      folder=str(files.join(retrieval.folder, 'near-documents')), kind=NEAR_KIND,
+      folder=files.join(retrieval.folder, 'near-documents'), kind=NEAR_KIND,
       inputs={'queries': retrieval.queries.fingerprint,
               'database': retrieval.database.fingerprint,
               'threshold': policy.near_duplicate_documents},
@@ -242,7 +242,7 @@ def search_tasks(
   size = retrieval.config.examples_per_shard
   first, last = block * size, min(sequences, (block + 1) * size)
   return [stages.Task(
-      folder=str(files.join(retrieval.folder, 'search', f'{block:05d}-{number:05d}')),
+      folder=files.join(retrieval.folder, 'search', f'{block:05d}-{number:05d}'),
       kind=SEARCH_KIND,
       inputs=_inputs(retrieval, first=first, last=last, part=number),
       make=functools.partial(_make_search, retrieval, first, last, number),
@@ -270,7 +270,7 @@ def block_tasks(
   """One task a pair of record files."""
   size = retrieval.config.examples_per_shard
   return [stages.Task(
-      folder=str(records.shard_folder(retrieval.folder, block)), kind=SHARD_KIND,
+      folder=files.join(retrieval.folder, f'shard-{block:05d}'), kind=SHARD_KIND,
       inputs=_inputs(retrieval, first=first, last=min(sequences, first + size)),
       make=functools.partial(
           _make_records, retrieval, block, first, min(sequences, first + size)),

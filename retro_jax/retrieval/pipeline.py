@@ -72,7 +72,7 @@ def _vocabulary_inputs(source: Any, size: int, seed: int) -> str:
 
 def build_database(
     folder: str | os.PathLike, source: Any, vocabulary: Any, embedder: Any | None,
-    config: DatabaseConfig = DatabaseConfig(), runner: stages.Runner = stages.LocalRunner(),
+    config: DatabaseConfig = DatabaseConfig(), runner: stages.Runner = stages.HERE,
     add: bool = False) -> ChunkDatabase:
   """Stage 1: a chunk store from a source of documents; see `build_chunk_database`."""
   before = _identity(folder)
@@ -91,7 +91,7 @@ def build_database(
 def build_index(
     folder: str | os.PathLike, database: ChunkDatabase,
     config: IndexConfig | Bm25Config = IndexConfig(),
-    runner: stages.Runner = stages.LocalRunner()) -> Index:
+    runner: stages.Runner = stages.HERE) -> Index:
   """Stage 2: an index over a store; see sharded_index.py."""
   before = _identity(folder)
   index = sharded_index.build_index(folder, database, config, runner)
@@ -110,7 +110,7 @@ def build_examples(
     database: ChunkDatabase,
     index_folder: str | os.PathLike | None,
     config: ExamplesConfig = ExamplesConfig(),
-    runner: stages.Runner = stages.LocalRunner(),
+    runner: stages.Runner = stages.HERE,
     rerank_folder: str | os.PathLike | None = None,
 ) -> records.Examples:
   """Stage 3: the sequences of a store with their neighbours; see neighbor_build.py."""

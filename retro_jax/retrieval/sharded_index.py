@@ -69,9 +69,9 @@ def index_tasks(
     database.embeddings  # refuses a store that has none  # pylint: disable=pointless-statement
   tasks = []
   for i, part in enumerate(part_ranges(database, config.vectors_per_part)):
-    content = [[s.content, s.part] if lexical else s.embedding for s in part.shards]
+    content = [s.tokens if lexical else s.embedding for s in part.shards]
     tasks.append(stages.Task(
-        folder=str(files.join(folder, f'part-{i:05d}')), kind=PART_KIND,
+        folder=files.join(folder, f'part-{i:05d}'), kind=PART_KIND,
         inputs={'format_version': FORMAT_VERSION, 'config': dataclasses.asdict(config),
                 'method': 'bm25' if lexical else 'vectors',
                 'shards': storage.fingerprint(content)},
@@ -97,7 +97,7 @@ def _make_part(
 def build_index(
     folder: str | os.PathLike, database: ChunkDatabase,
     config: IndexConfig | Bm25Config = IndexConfig(),
-    runner: stages.Runner = stages.LocalRunner()) -> 'Index':
+    runner: stages.Runner = stages.HERE) -> 'Index':
   """Builds the parts that are not current.
 
   Args:
@@ -150,7 +150,7 @@ def _finish(
 def _identity(database: ChunkDatabase, lexical: bool) -> str:
   """Of what an index depends on: the vectors, or the text."""
   if lexical:
-    return storage.fingerprint([(s.content, s.part) for s in database.shards])
+    return storage.fingerprint([s.tokens for s in database.shards])
   return database.embedding_fingerprint
 
 
@@ -276,7 +276,7 @@ def chunk_texts(database: ChunkDatabase, ids: np.ndarray) -> Iterator[str]:
 
 def rebuild_index(
     folder: str | os.PathLike, database: ChunkDatabase,
-    runner: stages.Runner = stages.LocalRunner()) -> Index:
+    runner: stages.Runner = stages.HERE) -> Index:
   """Brings an index up to date with its store, with the settings it was built with.
 
   Raises:

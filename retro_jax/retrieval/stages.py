@@ -86,7 +86,7 @@ class LocalRunner:
       all of its devices, which is what an accelerator wants.
   """
 
-  workers: int = 0
+  workers: int = -1
 
   def __post_init__(self):
     if self.workers < -1:
@@ -134,6 +134,9 @@ class LocalRunner:
                         'with fewer workers, finished shards are kept') from None
       finally:
         pool.shutdown(wait=True, cancel_futures=True)
+
+
+HERE = LocalRunner(0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +219,7 @@ class DistributedRunner:
     mine = todo[index::count]
     failure: UserError | None = None
     try:
-      LocalRunner(0).run(f'{label} [{index} of {count}]', mine, unit)
+      HERE.run(f'{label} [{index} of {count}]', mine, unit)
     except UserError as error:
       failure = error  # the others wait for us, and shall not for ever
     self.wait(f'{label}: end')

@@ -1,15 +1,18 @@
 """Chunk stores against the documents they were made from."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.data.corpus import Document
+from retro_jax.data.corpus import Document, JsonLines
 from retro_jax.errors import UserError
-from retro_jax.retrieval.database import ChunkDatabase, build_chunk_database
+from retro_jax.retrieval.database import ChunkDatabase
+from retro_jax.retrieval.database_build import DatabaseConfig, build_chunk_database
+from retro_jax.retrieval import pipeline, stages
 from tests import worlds
 
 FEW = settings(max_examples=12, deadline=None)
@@ -50,7 +53,7 @@ def test_any_shape_of_ids_over_all_shards(store):
   ids = np.random.default_rng(0).integers(0, store.num_chunks, (3, 4, 5))
   one_by_one = [store.tokens(int(i)).tolist() for i in ids.ravel()]
   assert store.tokens(ids).reshape(-1, 8).tolist() == one_by_one
-  assert len(store.manifest['counts']['chunks_by_shard']) == 4
+  assert len(store.shards) > 3 and sum(s.chunks for s in store.shards) == store.num_chunks
   with pytest.raises(IndexError):
     store.tokens([store.num_chunks])
   with pytest.raises(IndexError):
@@ -84,7 +87,7 @@ def test_document_table(store, rows):
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 9), m=st.integers(2, 9))
 def test_continuation_stays_inside_its_document(tmp_path_factory, seed, count, m):
   rows = worlds.documents(seed, count, longest=30)
-  store = worlds.store(tmp_path_factory.mktemp('c') / 'db', rows, m, documents_per_shard=2)
+  store = worlds.store(tmp_path_factory.mktemp('c') / 'db', rows, m, chunks_per_shard=4)
   chunks = [(i, c) for i, row in enumerate(rows) for c in chunks_of(row, m)]
   ids = np.arange(-1, store.num_chunks)
   tokens, lengths = store.with_continuation(ids)
@@ -105,7 +108,8 @@ def test_shuffle_permutes_documents_and_loses_none(tmp_path, rows):
   assert sorted(shuffled.document_ids) == sorted(plain.document_ids)
   assert shuffled.document_ids != plain.document_ids
   assert other.document_ids != shuffled.document_ids
-  assert again.fingerprint == shuffled.fingerprint != other.fingerprint
+  assert again.embedding_fingerprint == shuffled.embedding_fingerprint
+  assert again.embedding_fingerprint != other.embedding_fingerprint
   for ordinal, name in enumerate(shuffled.document_ids):
     theirs = plain.ordinal_of(name)
     chunks = np.flatnonzero(shuffled.document(np.arange(shuffled.num_chunks)) == ordinal)
@@ -125,7 +129,7 @@ def test_skipped_when_current_rebuilt_when_changed(tmp_path, rows):
   def build(documents, **changes):
     source = worlds.write_source(tmp_path / 'in.jsonl', documents)
     return build_chunk_database(
-        tmp_path / 'db', source, worlds.vocabulary(), 8, Counting(16), **changes)
+        tmp_path / 'db', source, worlds.vocabulary(), DatabaseConfig(8, **changes), Counting(16))
 
   first = build(rows)
   calls = Counting.calls
@@ -134,11 +138,11 @@ def test_skipped_when_current_rebuilt_when_changed(tmp_path, rows):
   assert Counting.calls > calls and changed.fingerprint != first.fingerprint
   assert changed.embedding_fingerprint != first.embedding_fingerprint
   calls = Counting.calls
-  build(rows[:-1] + [Document('one', 'y')], documents_per_shard=2)
+  build(rows[:-1] + [Document('one', 'y')], chunks_per_shard=20)
   assert Counting.calls > calls
 
 
-def test_killed_build_leaves_the_old_store_and_no_rest(tmp_path, rows):
+def test_killed_build_is_no_store_and_goes_on(tmp_path, rows):
   before = worlds.store(tmp_path / 'db', rows).fingerprint
 
   class Broken(type(worlds.embedder())):
@@ -147,39 +151,120 @@ def test_killed_build_leaves_the_old_store_and_no_rest(tmp_path, rows):
       raise KeyboardInterrupt
 
   source = worlds.write_source(tmp_path / 'in.jsonl', rows[:3])
+  config = DatabaseConfig(8, 40, None)
   with pytest.raises(KeyboardInterrupt):
-    build_chunk_database(tmp_path / 'db', source, worlds.vocabulary(), 8, Broken(16))
-  assert ChunkDatabase.open(tmp_path / 'db').fingerprint == before
-  assert sorted(p.name for p in tmp_path.iterdir()) == ['db', 'db.jsonl', 'in.jsonl']
-
-
-def test_bad_input_is_one_line(tmp_path, rows):
-  twice = worlds.write_source(tmp_path / 'twice.jsonl', [rows[0], rows[0]])
-  for shuffle_seed in (None, 0):
-    with pytest.raises(UserError, match="'doc-0' comes twice") as error:
-      build_chunk_database(tmp_path / 'db', twice, worlds.vocabulary(), 8, None,
-                           shuffle_seed=shuffle_seed)
-    assert '\n' not in str(error.value)
-  with pytest.raises(UserError, match='chunk_length is 0'):
-    build_chunk_database(tmp_path / 'db', twice, worlds.vocabulary(), 0, None)
+    build_chunk_database(tmp_path / 'db', source, worlds.vocabulary(), config, Broken(16))
+  # Half of it is another store by now: nobody may read it.
   with pytest.raises(UserError, match='no chunk-database there'):
     ChunkDatabase.open(tmp_path / 'db')
-  assert sorted(p.name for p in tmp_path.iterdir()) == ['twice.jsonl']
+  assert not [p for p in (tmp_path / 'db').rglob('.*')]
+  after = build_chunk_database(
+      tmp_path / 'db', source, worlds.vocabulary(), config, worlds.embedder())
+  fresh = build_chunk_database(
+      tmp_path / 'fresh', source, worlds.vocabulary(), config, worlds.embedder())
+  assert after.fingerprint == fresh.fingerprint != before
+  assert worlds.content(tmp_path / 'db') == worlds.content(tmp_path / 'fresh')
+
+
+def test_an_id_that_comes_twice_is_named_with_both_places(tmp_path, rows):
+  (tmp_path / 'more').mkdir()
+  worlds.write_source(tmp_path / 'more' / 'a.jsonl', rows[:4])
+  worlds.write_source(tmp_path / 'more' / 'b.jsonl', rows[3:6])
+  source = JsonLines(str(tmp_path / 'more' / '*.jsonl'))
+  for shuffle_seed in (None, 0):
+    with pytest.raises(UserError, match="'doc-3' comes twice, at .*a.jsonl:4 and .*b.jsonl:1"
+                       ) as error:
+      build_chunk_database(tmp_path / 'db', source, worlds.vocabulary(),
+                           DatabaseConfig(8, shuffle_seed=shuffle_seed))
+    assert '\n' not in str(error.value)
+  with pytest.raises(UserError, match='no chunk-database there'):
+    ChunkDatabase.open(tmp_path / 'db')
+
+
+def test_impossible_settings_are_refused():
+  with pytest.raises(UserError, match='chunk_length is 0'):
+    DatabaseConfig(0)
 
 
 def test_store_without_embeddings_says_so(tmp_path, rows):
   source = worlds.write_source(tmp_path / 'in.jsonl', rows)
-  store = build_chunk_database(tmp_path / 'db', source, worlds.vocabulary(), 8, None)
+  store = build_chunk_database(tmp_path / 'db', source, worlds.vocabulary(), DatabaseConfig(8))
   assert store.embedding_dimension == 0
   with pytest.raises(UserError, match='without embeddings'):
     store.embedding([0])
 
 
-def test_changed_file_is_noticed(tmp_path, rows):
+def test_an_input_that_changed_is_the_only_one_done_again(tmp_path, rows, capsys):
+  folder = tmp_path / 'in'
+  folder.mkdir()
+  for i in range(4):
+    worlds.write_source(folder / f'{i}.jsonl', rows[4 * i:4 * i + 4])
+  source = JsonLines(str(folder / '*.jsonl'))
+
+  def build():
+    return worlds.content(build_chunk_database(
+        tmp_path / 'db', source, worlds.vocabulary(), DatabaseConfig(8, 10),
+        worlds.embedder()).folder)
+
+  def changed(before, after):
+    return {Path(name).parts[1] for name in before.keys() | after.keys()
+            if before.get(name) != after.get(name) and Path(name).parts[0] == 'chunks'}
+
+  first = build()
+  stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / 'db').rglob('*') if p.is_file()}
+  assert build() == first
+  assert stamps == {p: p.stat().st_mtime_ns for p in stamps}
+  worlds.write_source(folder / '2.jsonl', [*rows[8:11], Document('other', 'another text')])
+  second = build()
+  assert len(changed(first, second)) == 1 and '2.jsonl' in changed(first, second).pop()
+  untouched = [p for p in stamps if p.exists() and p.stat().st_mtime_ns == stamps[p]]
+  assert sum('chunks' in p.parts or 'embeddings' in p.parts for p in untouched) > 20
+  (folder / '1.jsonl').unlink()
+  third = build()
+  assert len(changed(second, third)) == 1 and not any('1.jsonl' in name for name in third)
+  assert 'which no input stands for any more' in capsys.readouterr().out
+
+
+def test_two_workers_and_one_leave_the_same_bytes(tmp_path, rows):
+  source = worlds.write_source(tmp_path / 'in.jsonl', rows)
+  for name, runner in (('here', stages.LocalRunner(0)), ('two', stages.LocalRunner(2))):
+    build_chunk_database(tmp_path / name, source, worlds.vocabulary(), DatabaseConfig(8, 30),
+                         worlds.embedder(), runner)
+  assert worlds.content(tmp_path / 'here') == worlds.content(tmp_path / 'two')
+
+
+def test_a_file_cut_short_is_noticed_when_read(tmp_path, rows):
   worlds.store(tmp_path / 'db', rows)
-  path = tmp_path / 'db' / 'shard-00001' / 'tokens.npy'
+  path = next((tmp_path / 'db' / 'chunks').glob('*/00001/tokens.npy'))
   path.write_bytes(path.read_bytes()[:-2])
-  with pytest.raises(UserError, match='tokens.npy'):
-    ChunkDatabase.open(tmp_path / 'db')
-  manifest = json.loads((tmp_path / 'db' / 'manifest.json').read_text())
+  store = ChunkDatabase.open(tmp_path / 'db')
+  with pytest.raises(UserError, match='tokens.npy: missing or damaged'):
+    store.tokens(np.arange(store.num_chunks))
+
+
+def test_a_manifest_that_was_changed_is_noticed(tmp_path, rows):
+  worlds.store(tmp_path / 'db', rows)
+  path = tmp_path / 'db' / 'manifest.json'
+  manifest = json.loads(path.read_text())
   assert manifest['vocabulary']['fingerprint'] == worlds.vocabulary().fingerprint
+  path.write_text(path.read_text().replace('"documents": 19', '"documents": 18'))
+  with pytest.raises(UserError, match='its checksum is wrong'):
+    ChunkDatabase.open(tmp_path / 'db')
+
+
+def test_a_store_in_a_bucket_is_the_same_store(tmp_path, rows, monkeypatch):
+  monkeypatch.setenv('RETRO_JAX_CACHE', str(tmp_path / 'cache'))
+  local = worlds.store(tmp_path / 'db', rows)
+  source = JsonLines(str(tmp_path / 'db.jsonl'))
+  config = DatabaseConfig(8, 40, None)
+  remote = build_chunk_database(
+      'ram://bucket/db', source, worlds.vocabulary(), config, worlds.embedder())
+  assert remote.fingerprint == local.fingerprint
+  assert worlds.content(remote.folder) == worlds.content(local.folder)
+  index = pipeline.build_index('ram://bucket/index', remote)
+  settings_ = pipeline.ExamplesConfig(32, 3, margin=2, examples_per_shard=4)
+  there = pipeline.build_examples('ram://bucket/x', remote, remote, index.location, settings_)
+  pipeline.build_index(tmp_path / 'index', local)
+  here = pipeline.build_examples(tmp_path / 'x', local, local, tmp_path / 'index', settings_)
+  for name, value in here.read(range(len(here))).items():
+    np.testing.assert_array_equal(there.read(range(len(there)))[name], value)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
-from retro_jax.retrieval.index import ExactIndex, IndexConfig, build_index
+from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.policies import Policy, PolicyConfig
+from retro_jax.retrieval.sharded_index import build_index
 from retro_jax.retrieval.search import (
     check_same_space, neighbors_of_sequences, random_neighbors, sequence_chunk_ids)
 from tests import worlds
@@ -15,8 +16,10 @@ from tests import worlds
 FEW = settings(max_examples=12, deadline=None)
 
 
-def exact_index(store):
-  return ExactIndex(np.concatenate([block for _, block in store.embedding_blocks()]))
+def exact_index(store, vectors_per_part=10**6):
+  """Exact, in one part or more; beside the store."""
+  return build_index(f'{store.folder}-exact-{vectors_per_part}', store,
+                     IndexConfig(kind='exact', vectors_per_part=vectors_per_part))
 
 
 def allowed_chunks(queries, database, sequence, denied=()):
@@ -45,19 +48,19 @@ def slow_neighbors(queries, database, sequences, k, denied=()):
 @FEW
 @given(seed=st.integers(0, 10**6), count=st.integers(1, 8), extra=st.integers(0, 5),
        l=st.integers(1, 5), k=st.integers(1, 6), margin=st.integers(0, 4),
-       deny=st.booleans(), same=st.booleans())
+       deny=st.booleans(), same=st.booleans(), part=st.sampled_from([1, 7, 10**6]))
 def test_store_and_search_equal_brute_force(
-    tmp_path_factory, seed, count, extra, l, k, margin, deny, same):
+    tmp_path_factory, seed, count, extra, l, k, margin, deny, same, part):
   folder = tmp_path_factory.mktemp('s')
   rows = worlds.documents(seed, count, longest=25)
   others = worlds.documents(seed + 1, extra, longest=25, prefix='new')
-  database = worlds.store(folder / 'database', rows, shuffle_seed=seed)
+  database = worlds.store(folder / 'database', rows, chunks_per_shard=3, shuffle_seed=seed)
   queries = database if same else worlds.store(folder / 'queries', rows[:1] + others)
   denied = ('doc-0',) if deny else ()
   policy = Policy(PolicyConfig(denied), queries, database)
   sequences = sequence_chunk_ids(queries.num_chunks, l)
   found = neighbors_of_sequences(
-      queries, database, exact_index(database), policy, sequences, k, margin)
+      queries, database, exact_index(database, part), policy, sequences, k, margin)
   ids, distances = slow_neighbors(queries, database, sequences, k, denied)
   np.testing.assert_array_equal(found.ids, ids)
   np.testing.assert_allclose(found.distances, distances, rtol=1e-4, atol=1e-6)
@@ -100,13 +103,12 @@ def large(tmp_path_factory):
   rows = worlds.documents(2, 12, longest=30)
   big = worlds.documents(3, 1, longest=3)[0]
   big = type(big)('big', worlds.text(np.random.default_rng(3), 6000))
-  return worlds.store(folder / 'db', [big] + rows, documents_per_shard=3)
+  return worlds.store(folder / 'db', [big] + rows, chunks_per_shard=600)
 
 
 def test_scann_widens_until_every_allowed_chunk_was_seen(large, tmp_path):
-  index = build_index(tmp_path / 'i', np.concatenate(
-      [b for _, b in large.embedding_blocks()]), fingerprint='f', config=IndexConfig(
-          kind='scann', leaves=40, leaves_to_search=2, reorder=20, recall_sample=10))
+  index = build_index(tmp_path / 'i', large, IndexConfig(
+      kind='scann', leaves=40, leaves_to_search=2, reorder=20, recall_sample=10))
   policy = Policy(PolicyConfig(), large, large)
   sequences = sequence_chunk_ids(large.num_chunks, 16)[:6]
   found = neighbors_of_sequences(large, large, index, policy, sequences, 6, 2)

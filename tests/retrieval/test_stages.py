@@ -80,7 +80,7 @@ def test_a_worker_that_dies_is_named(tmp_path):
 
 def test_reasons_are_told(tmp_path):
   made = tasks(tmp_path)
-  stages.LocalRunner().run('squares', made[:3])
+  stages.HERE.run('squares', made[:3])
   changed = stages.Task(made[0].folder, 'squares', {'count': 99}, made[0].make)
   (tmp_path / 'task-1' / 'squares.npy').unlink()
   storage.set_aside(tmp_path / 'task-2')
