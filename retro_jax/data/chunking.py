@@ -40,19 +40,20 @@ def chunk_document(text: str, vocabulary: Vocabulary, chunk_length: int) -> Chun
   Raises:
     UserError: `chunk_length` below 1.
   """
-  return chunk_token_row(vocabulary.encode(text), vocabulary, chunk_length)
+  return chunk_token_row(vocabulary.encode_arrays([text])[0], vocabulary, chunk_length)
 
 
 def chunk_documents(texts: Iterable[str], vocabulary: Vocabulary,
                     chunk_length: int) -> Iterator[Chunks]:
   """`chunk_document` of each text, in order, encoding many of them at a time."""
   for batch in _batches(texts):
-    for row in vocabulary.encode_batch(batch):
+    for row in vocabulary.encode_arrays(batch):
       yield chunk_token_row(row, vocabulary, chunk_length)
 
 
-def chunk_token_row(pieces: Sequence[int], vocabulary: Vocabulary, chunk_length: int) -> Chunks:
-  """Cuts one document's token ids (without bos and eos) into chunks of `chunk_length`."""
+def chunk_token_row(
+    pieces: Sequence[int] | np.ndarray, vocabulary: Vocabulary, chunk_length: int) -> Chunks:
+  """Cuts one document's token ids [t] (without bos and eos) into chunks of `chunk_length`."""
   if chunk_length < 1:
     raise UserError(f'chunk_length is {chunk_length}, expected at least 1; set another')
   if not len(pieces):

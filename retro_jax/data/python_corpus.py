@@ -137,7 +137,8 @@ class PythonLibrary:
                 if f.name not in ('report', 'roots')}
     content = [[d.id, hashlib.sha256(d.text.encode()).hexdigest()] for d, _ in documents]
     return {'kind': 'python-library', **settings, 'folders': list(self._folders()),
-            'suffixes': list(self.suffixes), 'documents': len(documents), 'content': fingerprint(content)}
+            'suffixes': list(self.suffixes), 'documents': len(documents),
+            'content': fingerprint(content)}
 
   def _folders(self) -> tuple[str, ...]:
     if self.folders is None:

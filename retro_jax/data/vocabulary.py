@@ -6,20 +6,20 @@ again (NUL, U+2581, carriage returns, emoji included) and no string, not even a 
 cannot hold, are replaced.
 """
 
+import functools
 import hashlib
 import heapq
 import io
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import sentencepiece
 
+from retro_jax import files
 from retro_jax.errors import UserError
-from retro_jax.storage import atomic_file
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # SentencePiece writes a space as U+2581, so a U+2581 of the text itself has to travel as bytes.
@@ -32,7 +32,13 @@ _LAYOUT = (
     + ['\n' + _SPACE * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)]
     + ['\n\n' + _SPACE * n for n in (2, 4, 8)]
     + [_SPACE * n for n in (2, 4, 8, 16)])
-# What SentencePiece is fed at a time; longer "sentences" only slow its training down.
+# Characters encoded in one piece, about, where a piece can be cut; and where it cannot. Of all
+# sizes the first was the fastest.
+_PIECE_CHARACTERS = 4096
+_LONGEST_PIECE = 1 << 18
+# Characters whose ids are held as Python's integers.
+_CHARACTERS_AT_ONCE = 1 << 21
+# What SentencePiece is fed at a time in training; longer "sentences" only slow its training down.
 _SENTENCE_CHARACTERS = 4096
 _NUM_THREADS = 2
 
@@ -40,6 +46,14 @@ _NUM_THREADS = 2
 def clean_text(text: str) -> str:
   """`text` as UTF-8 can hold it: each lone surrogate becomes U+FFFD."""
   return _SURROGATES.sub('\ufffd', text)
+
+
+class _Part(NamedTuple):
+  """Text that is encoded by itself: a part of text `row`, after a U+2581 or not."""
+
+  row: int
+  text: str
+  after_space: bool
 
 
 class Vocabulary:
@@ -94,11 +108,10 @@ class Vocabulary:
       UserError: no such file, not a SentencePiece model, or one that is unfit: pad must be
         0, bos and eos must exist, text must round-trip (byte fallback, no normalisation).
     """
-    try:
-      return cls(path, Path(path).read_bytes())
-    except OSError as error:
-      raise UserError(f'{path}: no vocabulary there ({error.strerror}); '
-                      'train one or name a SentencePiece .model file') from None
+    if not files.exists(path):
+      raise UserError(f'{files.shown(path)}: no vocabulary there; '
+                      'train one or name a SentencePiece .model file')
+    return cls(path, files.read_bytes(path))
 
   def _bytes_of(self, token: int) -> bytes:
     processor = self._processor
@@ -115,20 +128,55 @@ class Vocabulary:
 
   def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of each text, without bos and eos; equal to `encode` one by one."""
-    parts, counts = [], []
-    for text in texts:
-      split = clean_text(text).split(_SPACE)
-      parts += split
-      counts.append(len(split))
-    encoded = iter(self._processor.encode(parts, num_threads=_NUM_THREADS) if parts else [])
+    return [row.tolist() for row in self.encode_arrays(texts)]
+
+  def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """`encode_batch` as int32 arrays; memory and time are linear in the texts' length.
+
+    SentencePiece holds about 110 bytes a character, and slows down with length, so it is given
+    texts in pieces. They are cut where no token can span: between two characters that stand
+    side by side in no piece of the model. For a byte-pair model the ids are those of the whole
+    text. Only a run of 262,144 characters without such a place is cut anywhere; its ids still
+    stand for its exact bytes.
+    """
+    arrays: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in texts]
     separator = [self._byte_ids[bytes([b])] for b in _SPACE_BYTES]
-    rows = []
-    for count in counts:
-      row = next(encoded)
-      for _ in range(count - 1):
-        row = row + separator + next(encoded)
-      rows.append(row)
-    return rows
+    for group in _groups(self._parts(texts)):
+      encoded = self._processor.encode([part.text for part in group], num_threads=_NUM_THREADS)
+      ids: list[int] = []
+      for position, part in enumerate(group):
+        if part.after_space:
+          ids += separator
+        ids += encoded[position]
+        if position + 1 == len(group) or group[position + 1].row != part.row:
+          arrays[part.row].append(np.array(ids, np.int32))
+          ids = []
+    return [np.concatenate(row) for row in arrays]
+
+  def _parts(self, texts: Sequence[str]) -> Iterator['_Part']:
+    """What SentencePiece encodes by itself: pieces of texts, without U+2581."""
+    for row, text in enumerate(texts):
+      text = clean_text(text)
+      start = 0
+      while start < len(text):
+        end = self._cut(text, start + _PIECE_CHARACTERS, start + _LONGEST_PIECE)
+        for position, part in enumerate(text[start:end].split(_SPACE)):
+          yield _Part(row, part, position > 0)
+        start = end
+
+  def _cut(self, text: str, first: int, last: int) -> int:
+    """The first place in `first`..`last` that no token of `text` can span, or the last one."""
+    last = min(last, len(text))
+    for place in range(first, last):
+      if text[place - 1:place + 1] not in self._pairs:
+        return place
+    return last
+
+  @functools.cached_property
+  def _pairs(self) -> frozenset[str]:
+    """Every two characters that stand side by side in some piece."""
+    texts = (piece.decode('utf-8', 'replace') for piece in self._pieces)
+    return frozenset(text[i:i + 2] for text in texts for i in range(len(text) - 1))
 
   def decode_bytes(self, ids: Iterable[int]) -> bytes:
     """The exact bytes that `ids` stand for; pad, bos, eos and unk stand for none."""
@@ -182,9 +230,22 @@ def train_vocabulary(texts: Iterable[str], path: str | os.PathLike, vocab_size: 
     raise UserError(f'{path}: cannot train a vocabulary of {vocab_size} on '
                     f'{sum(map(len, sample)):,} characters; choose another vocab_size or give '
                     f'more text (SentencePiece: {reason[-200:]})') from None
-  with atomic_file(path, 'wb') as f:
-    f.write(model.getvalue())
+  files.write_bytes(path, model.getvalue())
   return Vocabulary.load(path)
+
+
+def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+  """Parts that are encoded together; bounds memory, and keeps SentencePiece's threads busy."""
+  group: list[_Part] = []
+  characters = 0
+  for part in parts:
+    group.append(part)
+    characters += len(part.text) + 1
+    if characters >= _CHARACTERS_AT_ONCE:
+      yield group
+      group, characters = [], 0
+  if group:
+    yield group
 
 
 def _sample(texts: Iterable[str], seed: int, sample_bytes: int) -> list[str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from retro_jax import files
 from retro_jax.data.vocabulary import Vocabulary, clean_text, train_vocabulary
 from retro_jax.errors import UserError
 
@@ -56,6 +57,52 @@ def test_any_text_round_trips(vocabulary, text):
 @hypothesis.settings(deadline=None, max_examples=50)
 def test_batches_equal_single_texts(vocabulary, texts):
   assert vocabulary.encode_batch(texts) == [vocabulary.encode(t) for t in texts]
+
+
+LETTERS = st.text(' \n\tvaluedefirst+(_:\u2581\0é😀', max_size=40)
+
+
+@hypothesis.given(st.lists(st.one_of(LETTERS, PARTS), max_size=8).map(''.join),
+                  st.integers(1, 5))
+@hypothesis.settings(deadline=None, max_examples=300)
+def test_ids_of_pieces_are_those_of_the_whole(vocabulary, text, size):
+  whole = [sentencepiece.SentencePieceProcessor(model_file=vocabulary.path).encode(part)
+           for part in text.split('\u2581')]
+  expected = whole[0]
+  for ids in whole[1:]:
+    expected = expected + [vocabulary._byte_ids[bytes([b])] for b in '\u2581'.encode()] + ids
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr('retro_jax.data.vocabulary._PIECE_CHARACTERS', size)
+    patch.setattr('retro_jax.data.vocabulary._CHARACTERS_AT_ONCE', size * 3)
+    assert vocabulary.encode(text) == expected
+
+
+@hypothesis.given(st.text('value \u2581', max_size=60), st.integers(1, 5))
+def test_forced_cuts_keep_the_bytes(vocabulary, text, size):
+  with pytest.MonkeyPatch.context() as patch:
+    for name in ('_PIECE_CHARACTERS', '_LONGEST_PIECE'):
+      patch.setattr(f'retro_jax.data.vocabulary.{name}', size)
+    exact(vocabulary, text)
+
+
+def test_pieces_are_cut_where_no_token_can_span(vocabulary):
+  text = SAMPLE[0] * 200
+  parts = [part.text for part in vocabulary._parts([text])]
+  assert len(parts) > 3 and ''.join(parts) == text
+  assert all(4096 <= len(part) < 4200 for part in parts[:-1])
+  assert [i for part in parts for i in vocabulary.encode(part)] == vocabulary.encode(text)
+
+
+def test_arrays(vocabulary):
+  rows = vocabulary.encode_arrays(['', 'value', '\u2581'])
+  assert [row.dtype for row in rows] == [np.int32] * 3
+  assert [len(row) for row in rows] == [0, len(vocabulary.encode('value')), 3]
+  assert vocabulary.encode_arrays([]) == []
+
+
+def test_a_remote_model_is_the_same(vocabulary):
+  files.write_bytes('ram://models/v.model', files.read_bytes(vocabulary.path))
+  assert Vocabulary.load('ram://models/v.model').fingerprint == vocabulary.fingerprint
 
 
 def test_lone_surrogates_are_replaced(vocabulary):
