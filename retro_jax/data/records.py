@@ -256,6 +256,9 @@ class Examples:
     self.examples_per_shard: int = self.manifest['examples_per_shard']
     self.num_shards = -(-self.num_examples // self.examples_per_shard)
     self.layouts = self.shape.layouts()
+    for name in self.layouts:
+      for shard in range(self.num_shards):
+        self._check_size(name, shard)
 
   def __len__(self) -> int:
     return self.num_examples
@@ -264,8 +267,8 @@ class Examples:
     """All files of one of the two sets, in order."""
     return [shard_path(self.folder, name, i) for i in range(self.num_shards)]
 
-  @functools.cache  # pylint: disable=method-cache-max-size-none
-  def _records(self, name: str, shard: int) -> np.ndarray:
+  def _check_size(self, name: str, shard: int) -> tuple[Path, int, int]:
+    """Path, number of records and their size of one file; refuses one that is cut short."""
     path = shard_path(self.folder, name, shard)
     size = self.layouts[name].record_size
     expected = min(self.examples_per_shard, self.num_examples - shard * self.examples_per_shard)
@@ -273,6 +276,11 @@ class Examples:
     if there != expected * size:
       raise UserError(f'{path}: {there:,} bytes, expected {expected:,} records of {size:,}; '
                       'rebuild the examples')
+    return path, expected, size
+
+  @functools.cache  # pylint: disable=method-cache-max-size-none
+  def _records(self, name: str, shard: int) -> np.ndarray:
+    path, expected, size = self._check_size(name, shard)
     return np.memmap(path, np.uint8, 'r', shape=(expected, size))
 
   def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:

@@ -35,6 +35,7 @@ import numpy as np
 
 from retro_jax import files, storage
 from retro_jax.errors import UserError
+from retro_jax.retrieval import stages
 
 KIND = 'chunk-database'
 CHUNKS_KIND, EMBEDDINGS_KIND, IDS_KIND = 'chunks', 'embeddings', 'document-ids'
@@ -358,7 +359,7 @@ def read_removed(folder: str | os.PathLike) -> list[str]:
   return content['documents']
 
 
-@functools.lru_cache(maxsize=8)
+@stages.resident(8)
 def _opened(folder: str, fingerprint: str) -> ChunkDatabase:
   database = ChunkDatabase.open(folder)
   if database.fingerprint != fingerprint:

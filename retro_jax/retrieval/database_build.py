@@ -447,7 +447,8 @@ def planned_chunks(
     kept = [name for name in have if name not in names]
     order = have + [name for name in names if name not in have]
   else:
-    kept = [name for name in added if name not in names]
+    # What the source has by now is no addition any more.
+    kept = added = [name for name in added if name not in names]
     order = names + kept
   wanted = {'vocabulary': vocabulary.fingerprint, **dataclasses.asdict(config)}
   by_name = dict(zip(names, tasks))

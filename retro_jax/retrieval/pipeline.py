@@ -84,7 +84,7 @@ def build_database(
     report = database.manifest['report']
     if said == 'built':
       print(f'database {folder}: ' + ', '.join(
-          f'{value:,} {key}' for key, value in report.items()), flush=True)
+          f'{value:,} {key}' for key, value in report.items() if value), flush=True)
   return database
 
 

@@ -247,7 +247,7 @@ class Index:
     return ids, distances
 
 
-@functools.lru_cache(maxsize=1)
+@stages.resident(1)
 def resident_part(folder: str, fingerprint: str, database: str, database_fingerprint: str,
                   number: int) -> Any:
   """One part of an index, kept for the next task of this process.

@@ -72,6 +72,24 @@ class Runner(Protocol):
     """
 
 
+_RESIDENTS: list[Any] = []
+
+
+def resident(maxsize: int) -> Callable[[Callable[..., Any]], Any]:
+  """A cache of what tasks of one process share: opened stores, loaded parts, vocabularies."""
+  def keep(function: Callable[..., Any]) -> Any:
+    cached = functools.lru_cache(maxsize)(function)
+    _RESIDENTS.append(cached)
+    return cached
+  return keep
+
+
+def forget_residents() -> None:
+  """Empties every such cache: a folder that was built anew must be opened anew."""
+  for cached in _RESIDENTS:
+    cached.cache_clear()
+
+
 def pending(tasks: Sequence[Task]) -> list[Task]:
   """The tasks that have something to do."""
   return [task for task in tasks if task.why_not_current() is not None]
@@ -105,6 +123,7 @@ class LocalRunner:
     todo = pending(tasks)
     if not todo:
       return 0
+    forget_residents()
     progress = Progress(label, sum(task.weight for task in todo), unit)
     run = self._in_pool if self._processes else _in_turn
     for task in run(label, todo):

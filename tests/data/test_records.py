@@ -23,15 +23,17 @@ def random_pair(rng, shape):
 
 
 def write(folder, shape, pairs, per_shard, **manifest):
-  with storage.building(folder, {
-      'kind': records.KIND, 'format_version': 1, 'num_examples': len(pairs),
-      'examples_per_shard': per_shard, 'sequence_length': shape.sequence_length,
-      'chunk_length': shape.chunk_length, 'num_neighbors': shape.num_neighbors,
-      'token_dtype': shape.token_dtype, **manifest}) as temporary:
-    writer = records.RecordWriter(temporary, shape, len(pairs), per_shard)
-    for pair in pairs:
+  for shard, first in enumerate(range(0, len(pairs), per_shard)):
+    records.shard_folder(folder, shard).mkdir(parents=True)
+    writer = records.RecordWriter(records.shard_folder(folder, shard), shape)
+    for pair in pairs[first:first + per_shard]:
       writer.write(*pair)
     writer.close()
+  storage.write_manifest(folder, {
+      'kind': records.KIND, 'format_version': records.FORMAT_VERSION, 'num_examples': len(pairs),
+      'examples_per_shard': per_shard, 'sequence_length': shape.sequence_length,
+      'chunk_length': shape.chunk_length, 'num_neighbors': shape.num_neighbors,
+      'token_dtype': shape.token_dtype, **manifest})
   return records.Examples(folder)
 
 
@@ -99,7 +101,7 @@ def test_damage_is_noticed(tmp_path, where):
   path.write_bytes(data)
   examples = records.Examples(tmp_path / 'x')
   assert len(examples.read([0, 2])['tokens']) == 2
-  with pytest.raises(UserError, match='examples-00000-of-00001.tfrecord.*rebuild') as error:
+  with pytest.raises(UserError, match='shard-00000/examples.tfrecord.*rebuild') as error:
     examples.read([0, 1])
   assert '\n' not in str(error.value)
 
@@ -111,7 +113,7 @@ def test_truncated_or_replaced_file_is_noticed(tmp_path):
   path.write_bytes(path.read_bytes()[:-5])
   with pytest.raises(UserError, match='rebuild'):
     examples.read([0])
-  with pytest.raises(UserError, match='neighbors-00000-of-00001.tfrecord'):
+  with pytest.raises(UserError, match='shard-00000/neighbors.tfrecord'):
     records.Examples(tmp_path / 'x')
 
 
