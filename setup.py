@@ -17,7 +17,10 @@ REQUIREMENTS = [
     # in the process `import scann` fails with an undefined symbol.
     'scann==1.4.2',  # nearest-neighbour search
     'tensorflow==2.20.*',  # tf.data, TFRecords, TensorBoard
-    'tensorflow-text==2.20.*',  # what seqio's vocabularies need; follows TensorFlow
+    'tensorflow-text==2.20.*',  # seqio's vocabularies, and fast word pieces; follows TensorFlow
+    'bm25s>=0.3.16',  # BM25 scores of words in chunks
+    'numba>=0.68',  # the loop that sums them for a query
+    'datasketch>=2.0',  # MinHash and LSH: near-duplicate documents
     'tensorflow-datasets>=4.9.10',  # documents from TFDS
     'sentencepiece==0.2.1',  # the vocabulary; 0.2.3's generated code clashes with Beam's protobuf
     'clu>=0.0.12',  # TensorBoard events
@@ -37,5 +40,7 @@ setup(
     extras_require={
         'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155'],
         'tpu': ['libtpu'],
+        # What benchmarks/ measures against; none of it is needed to use the project.
+        'bench': ['faiss-cpu>=1.15', 'sentence-transformers>=5'],
     },
 )

@@ -18,9 +18,11 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from retro_jax import files
 from retro_jax.errors import UserError
@@ -142,6 +144,26 @@ def write_json(path: str | os.PathLike, value: Any) -> None:
   with atomic_file(path) as f:
     json.dump(value, f, indent=2, ensure_ascii=False, default=str)
     f.write('\n')
+
+
+def save_array(path: str | os.PathLike, array: Any) -> None:
+  """`numpy.save`, whose own errors do not say that the disk is full."""
+  array = np.asarray(array)
+  save_blocks(path, array.shape, array.dtype, [array])
+
+
+def save_blocks(path: str | os.PathLike, shape: tuple[int, ...], dtype: Any,
+                blocks: Iterable[np.ndarray]) -> None:
+  """Writes an `.npy` file from consecutive blocks of its rows.
+
+  Plainly, not through a memory map: on a full disk that would kill the process.
+  """
+  header = {'descr': np.lib.format.dtype_to_descr(np.dtype(dtype)), 'fortran_order': False,
+            'shape': tuple(shape)}
+  with open(path, 'wb') as f:
+    np.lib.format.write_array_header_1_0(f, header)
+    for block in blocks:
+      f.write(np.ascontiguousarray(block, dtype).tobytes())
 
 
 def as_json(value: Any) -> Any:

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from retro_jax import storage
 from retro_jax.errors import UserError
 from retro_jax.retrieval.embedder_base import valid_unicode
 
@@ -110,7 +111,7 @@ def build_part(folder: Path, texts: Iterable[str], config: Bm25Config) -> dict[s
     columns = {'starts': [0], 'chunks': [], 'scores': []}
   (folder / _WORDS).write_bytes('\n'.join(numbers).encode())
   for name, kind in _COLUMNS.items():
-    np.save(folder / f'{name}.npy', np.asarray(columns[name], kind))
+    storage.save_array(folder / f'{name}.npy', np.asarray(columns[name], kind))
   return {'kind': KIND, 'config': dataclasses.asdict(config), 'size': len(rows),
           'words': len(numbers), 'entries': len(columns['chunks']),
           'bytes': sum(path.stat().st_size for path in folder.iterdir())}

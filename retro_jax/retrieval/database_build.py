@@ -162,7 +162,7 @@ class _ShardWriter:
     self._folder.mkdir()
     for name, parts in self._columns.items():
       column = np.concatenate(parts)
-      np.save(self._folder / f'{name}.npy',
+      storage.save_array(self._folder / f'{name}.npy',
               column if name == 'tokens' else column.astype('<i4'))
     write_document_table(self._folder, self._lines, self._first_chunk)
     return {'documents': self.documents, 'chunks': self.chunks,
@@ -174,8 +174,8 @@ def write_document_table(
     folder: Path, lines: Sequence[bytes], first_chunk: Sequence[int]) -> None:
   """The documents of a shard, where each line begins, and where each one's chunks do."""
   (folder / 'documents.jsonl').write_bytes(b''.join(lines))
-  np.save(folder / 'document_line.npy', np.cumsum([0, *map(len, lines)]).astype('<i8'))
-  np.save(folder / 'document_chunk.npy', np.asarray(first_chunk, '<i8'))
+  storage.save_array(folder / 'document_line.npy', np.cumsum([0, *map(len, lines)]).astype('<i8'))
+  storage.save_array(folder / 'document_chunk.npy', np.asarray(first_chunk, '<i8'))
 
 
 def _documents(
@@ -246,18 +246,20 @@ def _make_embeddings(
   vocabulary, embedder = _vocabulary(vocabulary_path), _resident_embedder(embedder)
   local = files.fetch_tree(chunks)
   tokens = database_lib.open_column(Path(local) / f'{part:05d}' / 'tokens.npy')
-  column = np.lib.format.open_memmap(
-      folder / 'embedding.npy', 'w+', dtype='<f2', shape=(len(tokens), embedder.dimension))
-  for first in range(0, len(tokens), _EMBED_AT_ONCE):
-    block = tokens[first:first + _EMBED_AT_ONCE]
-    vectors = embedder.embed([vocabulary.decode(row.tolist()) for row in block])
-    with np.errstate(over='ignore'):
-      stored = vectors.astype('<f2')
-    if not np.isfinite(stored).all():
-      raise UserError(f'{embedder.describe()}: an embedding is not finite in float16; '
-                      'use an embedder whose values stay below 65504')
-    column[first:first + len(block)] = stored
-  column.flush()
+
+  def blocks() -> Iterator[np.ndarray]:
+    for first in range(0, len(tokens), _EMBED_AT_ONCE):
+      block = tokens[first:first + _EMBED_AT_ONCE]
+      vectors = embedder.embed([vocabulary.decode(row.tolist()) for row in block])
+      with np.errstate(over='ignore'):
+        stored = vectors.astype('<f2')
+      if not np.isfinite(stored).all():
+        raise UserError(f'{embedder.describe()}: an embedding is not finite in float16; '
+                        'use an embedder whose values stay below 65504')
+      yield stored
+
+  storage.save_blocks(
+      folder / 'embedding.npy', (len(tokens), embedder.dimension), '<f2', blocks())
 
 
 def with_embedding(shard: Shard, task: stages.Task) -> Shard:
@@ -290,7 +292,7 @@ def _make_ids(
     buckets = (hashes >> np.uint64(64 - bits)).astype(int) if bits else np.zeros(len(hashes), int)
     for bucket in np.unique(buckets):
       here = buckets == bucket
-      np.stack([hashes[here].view(np.int64), ordinals[here]], 1).tofile(spools[bucket])
+      spools[bucket].write(np.stack([hashes[here].view(np.int64), ordinals[here]], 1).tobytes())
     first += shard.documents
   for bucket, spool in enumerate(spools):
     spool.close()
@@ -300,8 +302,8 @@ def _make_ids(
     order = np.argsort(hashes, kind='stable')
     hashes, ordinals = hashes[order], rows[order, 1]
     _refuse_copies(database, shards, hashes, ordinals)
-    np.save(folder / f'hash-{bucket:02d}.npy', hashes)
-    np.save(folder / f'ordinal-{bucket:02d}.npy', ordinals)
+    storage.save_array(folder / f'hash-{bucket:02d}.npy', hashes)
+    storage.save_array(folder / f'ordinal-{bucket:02d}.npy', ordinals)
 
 
 def _table(database: str, shard: Shard) -> Iterator[bytes]:

@@ -134,7 +134,7 @@ def _make_compacted(
     tokens = sums[f'{part:05d}/tokens.npy']['sha256']
     made = {'kind': EMBEDDINGS_KIND, 'inputs': {**inputs, 'tokens': tokens}}
     with storage.building(folder / 'embeddings' / there.name, made) as target:
-      np.save(target / 'embedding.npy',
+      storage.save_array(target / 'embedding.npy',
               database_lib.open_column(there / 'embedding.npy')[rows])
   manifest['without'] = sorted(gone)
 
@@ -152,11 +152,11 @@ def _copy_part(
   counts = {'documents': int(stays.sum()), 'chunks': len(rows)}
   for name, total in (('tokens', ''), ('valid_length', 'tokens'), ('text_bytes', 'text_bytes')):
     column = database_lib.open_column(source / f'{name}.npy')[rows]
-    np.save(target / f'{name}.npy', column)
+    storage.save_array(target / f'{name}.npy', column)
     if total:
       counts[total] = int(column.sum())
   renumbered = (np.cumsum(stays) - 1)[document[rows]]
-  np.save(target / 'document.npy', renumbered.astype('<i4'))
+  storage.save_array(target / 'document.npy', renumbered.astype('<i4'))
   sizes = np.diff(database_lib.open_column(source / 'document_chunk.npy'))[stays]
   database_build.write_document_table(
       target, [line for line, stay in zip(lines, stays) if stay], np.cumsum([0, *sizes]))

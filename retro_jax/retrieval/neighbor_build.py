@@ -231,8 +231,8 @@ def near_task(retrieval: Retrieval) -> list[stages.Task]:
 def _make_near(retrieval: Retrieval, folder: Path, manifest: dict[str, Any]) -> None:
   pairs, similarity = near_document_pairs(
       *retrieval.opened(), threshold=retrieval.config.policy.near_duplicate_documents)
-  np.save(folder / 'pairs.npy', pairs)
-  np.save(folder / 'similarity.npy', similarity)
+  storage.save_array(folder / 'pairs.npy', pairs)
+  storage.save_array(folder / 'similarity.npy', similarity)
   manifest['pairs'] = len(pairs)
 
 
@@ -260,8 +260,8 @@ def _make_search(
   ids, distances = search.search_part(
       retrieval.part(retrieval.index, number), retrieval.parts[number][0], queries, database,
       policy, chunk_ids, retrieval.candidates, retrieval.config.margin)
-  np.save(folder / 'ids.npy', ids)
-  np.save(folder / 'distances.npy', distances)
+  storage.save_array(folder / 'ids.npy', ids)
+  storage.save_array(folder / 'distances.npy', distances)
   manifest['drops'] = dict(sorted(policy.drops.items()))
 
 
