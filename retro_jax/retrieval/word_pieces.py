@@ -28,7 +28,8 @@ _MOST_BYTES = 1000
 _SPACES = np.array([9, 10, 13, 32], np.uint32)
 _BEYOND = 0x10000
 # Fillers and the replacement character, which one of the two drops. (The Ogham space, below,
-# has a mark of its own and is no space to one of them.)
+# has a mark of its own and is no space to one of them; spaces beyond ASCII are left as they
+# are where case is kept.)
 _DROPPED = '\u115f\u1160\ufffd'
 
 
@@ -48,11 +49,12 @@ class WordPieces:
     tf.config.set_visible_devices([], 'GPU')  # they are the model's
     settings = json.loads(tokenizer.to_str())
     vocabulary = tokenizer.get_vocab(with_added_tokens=False)
+    self._lowercase = settings['normalizer']['lowercase']
     self._fast = tensorflow_text.FastBertTokenizer(
         sorted(vocabulary, key=vocabulary.get), token_out_type=tf.int32,
         suffix_indicator=settings['model']['continuing_subword_prefix'],
         unknown_token=settings['model']['unk_token'], max_bytes_per_word=_MOST_BYTES,
-        lower_case_nfd_strip_accents=settings['normalizer']['lowercase'])
+        lower_case_nfd_strip_accents=self._lowercase)
     self._first, self._last = tokenizer.encode('').ids
     self._specials = [token['content'] for token in settings['added_tokens']]
     self._exact = tokenizer
@@ -83,7 +85,7 @@ class WordPieces:
     # One array of all characters: a look at each text alone would cost more than FastBert.
     points = np.frombuffer('\n'.join([*texts, '']).encode('utf-32-le'), np.uint32)
     starts = np.cumsum([0, *(len(text) + 1 for text in texts)])
-    apart = np.flatnonzero(~_agreeing()[np.minimum(points, _BEYOND)])
+    apart = np.flatnonzero(~_agreeing(self._lowercase)[np.minimum(points, _BEYOND)])
     spaces = np.flatnonzero(_is_space()[np.minimum(points, _BEYOND)])
     long_words = spaces[np.diff(spaces, prepend=-1) > _LONGEST_WORD + 1]
     odd = np.searchsorted(starts, np.concatenate([apart, long_words]), side='right') - 1
@@ -113,13 +115,13 @@ def is_plain_bert(tokenizer: Any) -> bool:
 
 
 @functools.cache
-def _agreeing() -> np.ndarray:
+def _agreeing(lowercase: bool) -> np.ndarray:
   """bool [65537]: the characters that both normalise alike; the last is for all others."""
   old = unicodedata.ucd_3_2_0
 
   def agrees(character: str) -> bool:
     kind = old.category(character)
-    if character in '\t\n\r' or kind == 'Zs' and character != '\u1680':
+    if character in '\t\n\r ' or lowercase and kind == 'Zs' and character != '\u1680':
       return True
     if kind[0] in 'CZ' or kind != unicodedata.category(character) or character in _DROPPED:
       return False
