@@ -80,8 +80,8 @@ def kill_often(folder: Path, settings: Sequence[str], kills: int, seconds: float
   struck = 0
   while struck < kills:
     process = start(folder, settings)
-    # What is done stays done, so the mean distance spreads the kills over the whole build.
-    wait = rng.uniform(0, min(seconds, 12 + 2.5 * seconds / kills))
+    # Long enough to get past the longest task now and then, short enough to strike often.
+    wait = rng.uniform(0, 0.6 * seconds)
     try:
       process.wait(wait)
       shutil.rmtree(folder / 'out')
@@ -89,11 +89,17 @@ def kill_often(folder: Path, settings: Sequence[str], kills: int, seconds: float
       os.killpg(process.pid, signal.SIGKILL)
       process.wait()
       struck += 1
-      last = (folder / 'log.txt').read_text(encoding='utf-8').strip().splitlines()[-1:] or ['-']
-      print(f'  kill {struck} after {wait:5.1f} s: {last[0][:100]}', flush=True)
+      print(f'  kill {struck} after {wait:5.1f} s: {last_line(folder)[:100]}', flush=True)
   if start(folder, settings).wait():
     raise RuntimeError(f'the build failed after {struck} kills; see {folder}/log.txt')
   return struck
+
+
+def last_line(folder: Path) -> str:
+  """The last line of ours in a build's log, which says how far it was."""
+  lines = (folder / 'log.txt').read_text(encoding='utf-8', errors='replace').splitlines()
+  ours = [line for line in lines if ': ' in line and line[:1].islower()]
+  return ours[-1] if ours else 'at its start'
 
 
 def report(name: str, first: Path, made: Path, note: str) -> bool:

@@ -236,6 +236,7 @@ class Examples:
   Attributes:
     manifest: what the folder says of itself.
     shape: its lengths.
+    fingerprint: of the bytes of all records.
     num_examples: sequences in it.
   """
 
@@ -252,6 +253,7 @@ class Examples:
                       f'expected {FORMAT_VERSION}; rebuild the examples')
     self.shape = ExampleShape(**{field.name: self.manifest[field.name]
                                  for field in dataclasses.fields(ExampleShape)})
+    self.fingerprint: str = self.manifest['content']
     self.num_examples: int = self.manifest['num_examples']
     self.examples_per_shard: int = self.manifest['examples_per_shard']
     self.num_shards = -(-self.num_examples // self.examples_per_shard)

@@ -376,6 +376,8 @@ def _finish(
       'database': dataclasses.asdict(retrieval.database),
       'index': facts, 'rerank': retrieval.rerank and dataclasses.asdict(retrieval.rerank),
       'neighbors': config.kind,
+      'content': storage.fingerprint(
+          [storage.content_fingerprint(task.manifest()) for task in blocks]),
       'policy': {**policy.description, 'denied_documents': policy.num_denied,
                  'counts': dict(sorted(drops.items()))},
       'files': {},

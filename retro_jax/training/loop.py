@@ -179,7 +179,7 @@ def _register(job: TrainJob) -> _Data:
   examples = [task.source.examples['train'] for task in registered]
   manifest = examples[0].manifest
   return _Data(
-      fingerprint=storage.fingerprint([[e.manifest['files'], rate] for e, rate in
+      fingerprint=storage.fingerprint([[e.fingerprint, rate] for e, rate in
                                        zip(examples, job.data.train.values())]),
       vocabulary=manifest['vocabulary'], shape=examples[0].shape)
 

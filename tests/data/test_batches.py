@@ -161,7 +161,7 @@ def test_damage_reaches_the_reader_as_one_line(tmp_path):
   data[-10] ^= 1
   path.write_bytes(data)
   tasks.register_task('damaged', examples.folder, 2)
-  with pytest.raises(UserError, match='neighbors-00000.*checksum.*rebuild') as error:
+  with pytest.raises(UserError, match='shard-00000/neighbors.*checksum.*rebuild') as error:
     list(batches.evaluation_batches('damaged', 2))
   assert '\n' not in str(error.value)
 

@@ -33,7 +33,7 @@ def write(folder, shape, pairs, per_shard, **manifest):
       'kind': records.KIND, 'format_version': records.FORMAT_VERSION, 'num_examples': len(pairs),
       'examples_per_shard': per_shard, 'sequence_length': shape.sequence_length,
       'chunk_length': shape.chunk_length, 'num_neighbors': shape.num_neighbors,
-      'token_dtype': shape.token_dtype, **manifest})
+      'token_dtype': shape.token_dtype, 'content': 'abc', **manifest})
   return records.Examples(folder)
 
 

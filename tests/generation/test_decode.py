@@ -252,7 +252,7 @@ def test_missing_neighbors_are_masked_not_read(model, retriever):
   index = retriever._index
 
   class TwoAtMost:
-    kind, size = index.kind, index.size
+    size, method, database = index.size, index.method, index.database
 
     def search(self, queries, k, effort=1):
       ids, distances = index.search(queries, 2)
