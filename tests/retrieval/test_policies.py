@@ -21,11 +21,13 @@ from retro_jax.retrieval.policies import Own, Policy, PolicyConfig, describe
 from tests import worlds
 
 M = 8
-# A date of each form, with its first and last day by hand.
-DAYS = {'2015-03-01': ('2015-03-01', '2015-03-01'), '2015-02': ('2015-02-01', '2015-02-28'),
-        '2015': ('2015-01-01', '2015-12-31'), 2014: ('2014-01-01', '2014-12-31'),
-        '2015-04-01': ('2015-04-01', '2015-04-01')}
-DATES = [*DAYS, 'no date', None]
+# A date of each form; its beginning and its end by hand, which sort as text.
+SPANS = {'2015-03-01': ('2015-03-01T00', '2015-03-01T24'),
+         '2015-02': ('2015-02-01', '2015-02-28T24'),
+         '2015': ('2015-01-01', '2015-12-31T24'), 2014: ('2014-01-01', '2014-12-31T24'),
+         '2015-02-28T12:00:00': ('2015-02-28T12', '2015-02-28T12'),
+         '2015-04-01': ('2015-04-01T00', '2015-04-01T24')}
+DATES = [*SPANS, 'no date', None]
 
 
 def store_of(folder, rows, dates) -> ChunkDatabase:
@@ -45,7 +47,7 @@ def stores(tmp_path_factory):
   folder = tmp_path_factory.mktemp('policies')
   dates = [DATES[i % len(DATES)] for i in range(14)]
   queries = store_of(folder / 'queries', rows[8:] + worlds.documents(6, 4, prefix='new'),
-                     dates[3:13])
+                     dates[2:12])
   store_of(folder / 'database', rows, dates)
   remove_documents(folder / 'database', ['doc-2', 'doc-9'])
   return queries, ChunkDatabase.open(folder / 'database')
@@ -53,7 +55,7 @@ def stores(tmp_path_factory):
 
 def facts(store, chunk):
   info = store.document_info(int(store.document(chunk)))
-  return info['id'], DAYS.get(info['metadata'].get('date'))
+  return info['id'], SPANS.get(info['metadata'].get('date'))
 
 
 def reason_against(config, stores, near_ids, names, query, candidate) -> str | None:
@@ -71,7 +73,7 @@ def reason_against(config, stores, near_ids, names, query, candidate) -> str | N
   if config.latest or config.earlier_than_query:
     if dated is None or (config.earlier_than_query and query_dated is None):
       return 'undated'
-    if config.latest and dated[1] > config.latest:
+    if config.latest and dated[1] > config.latest + 'T24':
       return 'too_late'
     if config.earlier_than_query and not dated[1] < query_dated[0]:
       return 'too_late'
@@ -88,7 +90,7 @@ CONFIGS = st.builds(
     deny_documents=st.lists(st.sampled_from([f'doc-{i}' for i in range(14)] + ['unheard-of'])).map(
         tuple),
     exclude_query_documents=st.booleans(),
-    near_duplicate_chunks=st.sampled_from([0.0, 0.3, 0.5, 0.9]),
+    near_duplicate_chunks=st.sampled_from([0.0, 0.125, 0.25, 0.375, 0.9]),
     near_duplicate_documents=st.sampled_from([0.0, 0.8]),
     date_field=st.just('date'),
     latest=st.sampled_from(['', '2015-03-01']),
@@ -133,6 +135,20 @@ def test_equals_a_loop_over_candidates(stores, seed, config):
     assert forbidden[row].tolist() == [
         reason(row, c) not in (None, 'near_duplicate') for c in range(first, first + size)]
   assert policy.num_denied == len(set(config.deny_documents) - {'unheard-of'})
+
+
+def test_every_date_of_a_query_against_every_date_of_a_candidate(stores):
+  queries, database = stores
+  config = PolicyConfig(exclude_query_documents=False, date_field='date', earlier_than_query=True)
+  policy = Policy(config, *stores)
+  query_chunks = queries.document_starts[:-1]
+  ids = np.broadcast_to(database.document_starts[:-1], (len(query_chunks), 14))
+  allowed = policy.allowed(
+      query_chunks, policy.own_documents(queries.document(query_chunks)[:, None]), ids)
+  expected = [[reason_against(config, stores, set(), set(), q, c) is None for c in ids[0]]
+              for q in query_chunks]
+  assert allowed.tolist() == expected
+  assert 0 < allowed.sum() < allowed.size / 2
 
 
 def test_one_store_and_two_equal_ones_allow_the_same(tmp_path):
