@@ -29,7 +29,7 @@ def shingles(texts: Sequence[str], width: int = 13) -> list[np.ndarray]:
   for text in texts:
     words = _WORDS.findall(text.lower())
     row = np.array([numbers.setdefault(word, len(numbers)) for word in words], np.uint64)
-    sets.append(_hash_windows(_mix(row + np.uint64(1)), width))
+    sets.append(hash_windows(mix(row + np.uint64(1)), width))
   return sets
 
 
@@ -47,7 +47,7 @@ def near_duplicates(candidates: Sequence[np.ndarray], references: Sequence[np.nd
   """
   best = np.full((len(candidates),), -1, np.int64)
   candidate_prefix, reference_prefix = _prefixes(candidates, references, threshold)
-  pairs = _sharing(candidate_prefix, reference_prefix)
+  pairs = sharing(candidate_prefix, reference_prefix)
   best_similarity = np.zeros((len(candidates),))
   for i, j in pairs:
     a, b = candidates[i], references[j]
@@ -60,7 +60,7 @@ def near_duplicates(candidates: Sequence[np.ndarray], references: Sequence[np.nd
   return best
 
 
-def _mix(values: np.ndarray) -> np.ndarray:
+def mix(values: np.ndarray) -> np.ndarray:
   """splitmix64: neighbouring numbers become unrelated ones."""
   values = values * _BASE
   values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -68,14 +68,14 @@ def _mix(values: np.ndarray) -> np.ndarray:
   return values ^ (values >> np.uint64(31))
 
 
-def _hash_windows(words: np.ndarray, width: int) -> np.ndarray:
+def hash_windows(words: np.ndarray, width: int) -> np.ndarray:
   width = min(width, len(words))
   if not width:
     return words
   hashes = np.zeros((len(words) - width + 1,), np.uint64)
   for offset in range(width):  # the order of words counts: a polynomial in _BASE
     hashes = hashes * _BASE + words[offset:offset + len(hashes)]
-  return np.unique(_mix(hashes))
+  return np.unique(mix(hashes))
 
 
 def _prefixes(candidates: Sequence[np.ndarray], references: Sequence[np.ndarray],
@@ -102,7 +102,7 @@ def _prefixes(candidates: Sequence[np.ndarray], references: Sequence[np.ndarray]
   return [prefix(row) for row in candidates], [prefix(row) for row in references]
 
 
-def _sharing(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> np.ndarray:
+def sharing(left: Sequence[np.ndarray], right: Sequence[np.ndarray]) -> np.ndarray:
   """int64 [p, 2]: the distinct pairs (i, j) for which left[i] and right[j] share a value."""
   def flatten(rows):
     owner = np.repeat(np.arange(len(rows)), [len(row) for row in rows])

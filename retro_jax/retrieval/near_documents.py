@@ -15,7 +15,7 @@ import functools
 
 import numpy as np
 
-from retro_jax.data.near_duplicates import _hash_windows, _mix, _sharing
+from retro_jax.data.near_duplicates import hash_windows, mix, sharing
 from retro_jax.errors import UserError
 from retro_jax.progress import Progress
 from retro_jax.retrieval.database import ChunkDatabase
@@ -88,7 +88,7 @@ def document_ngrams(store: ChunkDatabase, ordinal: int, ngram: int = 13) -> np.n
   ids = np.arange(first, last)
   tokens = store.tokens(ids)[np.arange(store.chunk_length) < store.valid_length(ids)[:, None]]
   text = tokens[1:-1].astype(np.uint64)  # without bos and eos
-  return _hash_windows(_mix(text), ngram)
+  return hash_windows(mix(text), ngram)
 
 
 def signatures(store: ChunkDatabase, first: int, last: int, ngram: int = 13,
@@ -136,7 +136,7 @@ def _all_band_keys(store: ChunkDatabase, ngram: int, num_perm: int, seed: int,
     values, sizes[first:last] = signatures(store, first, last, ngram, num_perm, seed)
     values = values[:, :bands * width].reshape(-1, bands, width)
     for column in range(width):
-      keys[first:last] = _mix(keys[first:last] + values[..., column])
+      keys[first:last] = mix(keys[first:last] + values[..., column])
     progress.update(last - first)
   progress.close()
   return keys, sizes
@@ -149,7 +149,7 @@ def _candidates(
   ours, theirs = np.flatnonzero(our_sizes), np.flatnonzero(their_sizes)
   found = np.zeros((0, 2), np.int64)
   for band in range(our_keys.shape[1]):
-    places = _sharing(our_keys[ours, band, None], their_keys[theirs, band, None])
+    places = sharing(our_keys[ours, band, None], their_keys[theirs, band, None])
     pairs = np.stack([ours[places[:, 0]], theirs[places[:, 1]]], 1)
     sizes = np.sort(np.stack([our_sizes[pairs[:, 0]], their_sizes[pairs[:, 1]]]), axis=0)
     # No two sets are more alike than the smaller is large.
