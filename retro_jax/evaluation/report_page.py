@@ -1,21 +1,19 @@
 """One HTML file in which a person reads chunks beside the neighbours that were used for them.
 
-The file needs nothing else: no script, no network, and a policy in its head that forbids
-both. Every text in it is escaped. Which sequences are shown, and their bits, is the
-caller's choice; finding what was copied is done here.
+Which sequences are shown, and their bits, is the caller's choice; finding what was copied is
+done here. How a page is made, and that no text can act in it, is html_page.py's business.
 """
 
 import dataclasses
-import html
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from retro_jax import storage
 from retro_jax.data.vocabulary import PAD_ID, Vocabulary
-from retro_jax.evaluation import report
+from retro_jax.evaluation import html_page, report
+from retro_jax.evaluation.html_page import text
 from retro_jax.retrieval.database import ChunkDatabase
 
 # Shorter common runs of tokens are chance (spaces, brackets, frequent words).
@@ -138,12 +136,9 @@ def neighbors_page(
   """
   sections = [_section(number, list(chunks), vocabulary)
               for number, chunks in enumerate(examples, start=1)]
-  facts = ''.join(f'<dt>{_text(name)}</dt><dd>{_text(value)}</dd>'
-                  for name, value in {'database': database, **(settings or {})}.items())
-  with storage.atomic_file(path) as f:
-    f.write(_PAGE.format(title=_text(title), style=_STYLE, facts=facts,
-                         numbers=_numbers(results or {}), shortest=SHORTEST_COPY,
-                         sections='\n'.join(sections)))
+  html_page.write(path, title, '\n'.join([
+      html_page.facts({'database': database, **(settings or {})}), _numbers(results or {}),
+      _EXPLANATION.format(shortest=SHORTEST_COPY), *sections]))
 
 
 def _section(number: int, chunks: Sequence[PageChunk], vocabulary: Vocabulary) -> str:
@@ -154,7 +149,7 @@ def _section(number: int, chunks: Sequence[PageChunk], vocabulary: Vocabulary) -
   titles = list(dict.fromkeys(chunk.title for chunk in chunks))
   shown = ', '.join(titles[:3]) + (f' and {len(titles) - 3} more' if len(titles) > 3 else '')
   return (f'<details class="sequence"{" open" if number == 1 else ""}><summary>Sequence {number}: '
-          f'{_text(shown)}{_verdict(chunks[1:])}</summary>'
+          f'{text(shown)}{_verdict(chunks[1:])}</summary>'
           + ('\n'.join(pairs) or '<p>No two chunks of one document in this sequence.</p>')
           + '</details>')
 
@@ -168,7 +163,7 @@ def _pair(u: int, chunk: PageChunk, following: PageChunk, vocabulary: Vocabulary
     in_following, in_neighbor = copied(following.tokens, neighbor.tokens)
     used |= in_following
     rows.append(
-        f'<div class="row neighbor"><h4>Neighbour {place}: {_text(neighbor.title)} '
+        f'<div class="row neighbor"><h4>Neighbour {place}: {text(neighbor.title)} '
         f'<small>distance {neighbor.distance:.3f}</small></h4>'
         + _cell('N', neighbor.tokens[:m], in_neighbor[:m], vocabulary)
         + _cell('F, its continuation', neighbor.tokens[m:], in_neighbor[m:], vocabulary) + '</div>')
@@ -178,7 +173,7 @@ def _pair(u: int, chunk: PageChunk, following: PageChunk, vocabulary: Vocabulary
   share = 100 * used[real].mean() if real.any() else 0
   heading = (f'Chunk {u + 1}, which read the neighbours, {share:.0f} % of its tokens also in '
              'these neighbours')
-  return (f'<article><h3>{_text(chunk.title)}: chunks {u} and {u + 1}{_verdict([following])}</h3>'
+  return (f'<article><h3>{text(chunk.title)}: chunks {u} and {u + 1}{_verdict([following])}</h3>'
           '<div class="row query">'
           + _cell(f'Chunk {u}, which asked', chunk.tokens, np.zeros(m, bool), vocabulary)
           + _cell(heading, following.tokens, used, vocabulary)
@@ -186,18 +181,8 @@ def _pair(u: int, chunk: PageChunk, following: PageChunk, vocabulary: Vocabulary
 
 
 def _cell(heading: str, tokens: np.ndarray, marked: np.ndarray, vocabulary: Vocabulary) -> str:
-  """Text of some tokens, those marked highlighted."""
-  body = _marked_text(tokens, marked, vocabulary) or '<i>the document ends here</i>'
-  return f'<div class="cell"><h5>{_text(heading)}</h5><div class="text">{body}</div></div>'
-
-
-def _marked_text(tokens: np.ndarray, marked: np.ndarray, vocabulary: Vocabulary) -> str:
-  pieces = []
-  edges = np.flatnonzero(np.diff(marked)) + 1
-  for part, mark in zip(np.split(np.asarray(tokens), edges), np.split(marked, edges)):
-    if text := _text(vocabulary.decode(part.tolist())):
-      pieces.append(f'<mark>{text}</mark>' if mark[0] else text)
-  return ''.join(pieces)
+  """Text of some tokens, those marked (bool [n]) highlighted."""
+  return html_page.cell(heading, tokens, np.where(marked, 'next', ''), vocabulary)
 
 
 def _verdict(chunks: Sequence[PageChunk]) -> str:
@@ -219,80 +204,16 @@ def _numbers(results: Mapping[str, Any]) -> str:
   for line in report.lines(results):
     interval = f'{line.interval[0]:.4f} to {line.interval[1]:.4f}' if line.interval else ''
     to_off = '' if line.to_off is None else f'{line.to_off:+.2f} %'
-    rows.append(f'<tr><td>{_text(line.model)}</td><td>{_text(line.label)}</td>'
-                f'<td>{line.bits_per_byte:.4f}</td><td>{interval}</td><td>{to_off}</td></tr>')
+    rows.append((line.model, line.label, f'{line.bits_per_byte:.4f}', interval, to_off))
   if not rows:
     return ''
-  sentences = ''.join(f'<p>{_text(sentence)}.</p>' for sentence in report.gain_sentences(results))
-  return ('<div class="scroll"><table><tr><th>model</th><th>setting</th><th>bits per byte</th>'
-          '<th>95 % interval</th><th>to OFF</th></tr>' + ''.join(rows)
-          + f'</table></div>{sentences}')
+  sentences = ''.join(f'<p>{text(sentence)}.</p>' for sentence in report.gain_sentences(results))
+  header = ('model', 'setting', 'bits per byte', '95 % interval', 'to OFF')
+  return html_page.table(header, rows, left=2) + sentences
 
 
-# Control characters are no HTML; their pictures (U+2400 and on) are. Line ends and tabs stay.
-# Characters that turn the direction of writing would disguise what follows them.
-_VISIBLE = ({c: 0x2400 + c for c in range(32) if chr(c) not in '\n\t'} | {127: 0x2421}
-            | {c: 0xfffd for c in (*range(128, 160), *range(0x202a, 0x202f),
-                                   *range(0x2066, 0x206a))})
-
-
-def _text(value: Any) -> str:
-  """Any value as HTML text that also is safe inside quotes."""
-  return html.escape(str(value).translate(_VISIBLE), quote=True)
-
-
-_STYLE = '''
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 76rem; background: #fff; color: #1b1b1b;
-  font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; margin: .5rem 0; } h3 { font-size: 1rem; margin: 0 0 .5rem; }
-h4 { font-size: .85rem; margin: .6rem 0 .2rem; grid-column: 1 / -1; overflow-wrap: anywhere; }
-h5 { font-size: .75rem; font-weight: 600; color: #555; margin: 0 0 .2rem; }
-small { font-weight: 400; color: #555; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; margin: .5rem 0; }
-dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: .5rem 0; }
-th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd;
-  white-space: nowrap; }
-th:nth-child(-n+2), td:nth-child(-n+2) { text-align: left; }
-.sequence { margin: 1rem 0; border-top: 2px solid #0072b2; padding-top: .5rem; }
-summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
-article { margin: 1rem 0 2rem; padding: .8rem; background: #f6f7f8; border-radius: 6px; }
-.row { display: grid; grid-template-columns: 1fr 1fr; gap: 0 .6rem; }
-.cell { min-width: 0; background: #fff; border: 1px solid #ccd; border-radius: 4px;
-  padding: .4rem .5rem; }
-.query .cell { border: 2px solid #0072b2; }
-.neighbor .cell:last-child { border-style: dashed; background: #fdfbf4; }
-.text { font: 12.5px/1.45 ui-monospace, Menlo, Consolas, monospace; white-space: pre-wrap;
-  overflow-wrap: anywhere; tab-size: 4; unicode-bidi: isolate; }
-mark { background: #ffdf80; color: inherit; border-bottom: 1px solid #b07800; }
-.bits { font-size: .8rem; font-weight: 600; white-space: normal; }
-.better { color: #00569c; } .worse { color: #a24a00; }
-.none { color: #555; margin: .6rem 0 0; }
-@media (max-width: 44rem) { body { padding: .6rem; } article { padding: .5rem; }
-  .row { grid-template-columns: 1fr; gap: .3rem; } }
-'''
-
-_PAGE = '''<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{style}</style>
-</head>
-<body>
-<h1>{title}</h1>
-<dl>{facts}</dl>
-{numbers}
-<p>RETRO cuts text into chunks. Each chunk asks the database for similar chunks N, which come with
-their continuation F, and the next chunk reads them. Below, every chunk stands beside the one that
-followed it, and each neighbour N under the chunk that asked, its F under the chunk that read.
-<mark>Marked</mark> text is a run of {shortest} or more tokens that the reading chunk and a
-neighbour share.</p>
-{sections}
-</body>
-</html>
-'''
+_EXPLANATION = '''<p>RETRO cuts text into chunks. Each chunk asks the database for similar chunks
+N, which come with their continuation F, and the next chunk reads them. Below, every chunk stands
+beside the one that followed it, and each neighbour N under the chunk that asked, its F under the
+chunk that read. <mark>Marked</mark> text is a run of {shortest} or more tokens that the reading
+chunk and a neighbour share.</p>'''
