@@ -44,7 +44,7 @@ def exact_search(
     ids int64 [q, k], squared distances float32 [q, k]; -1 and inf where there are fewer.
   """
   queries = np.ascontiguousarray(queries, np.float32)
-  q, dimension = queries.shape
+  q = len(queries)
   keep = k + _SPARE
   query_norms = np.sum(queries * queries, -1)
   ids = np.full((q, 0), -1, np.int64)
@@ -56,9 +56,7 @@ def exact_search(
     distances = np.maximum(query_norms[:, None] - 2 * (queries @ block.T) + norms, 0)
     if forbidden is not None:
       distances[forbidden(block_ids)] = np.inf
-    # What the float32 product can be off by: the worst-case rounding of a dot product.
-    slack = 4 * (dimension + 4) * 2.0**-24 * (
-        np.sqrt(query_norms) + math.sqrt(float(norms.max(initial=0)))) ** 2
+    slack = product_slack(queries, math.sqrt(float(norms.max(initial=0))))
     chosen = min(keep, len(block))
     columns = np.argpartition(distances, chosen - 1, axis=-1)[:, :chosen]
     picked = np.take_along_axis(distances, columns, -1)
@@ -85,6 +83,20 @@ def exact_search(
   missing = k - ids.shape[1]
   return (np.pad(ids, ((0, 0), (0, missing)), constant_values=-1),
           np.pad(exact, ((0, 0), (0, missing)), constant_values=np.inf))
+
+
+def product_slack(queries: np.ndarray, longest: float) -> np.ndarray:
+  """What |q|^2 - 2 q.x + |x|^2 in float32 can be off by: the worst rounding of a dot product.
+
+  Args:
+    queries: float32 [q, d0].
+    longest: length of the longest vector x.
+
+  Returns:
+    float32 [q].
+  """
+  lengths = np.linalg.norm(queries, axis=-1)
+  return 4 * (queries.shape[1] + 4) * 2.0**-24 * (lengths + longest) ** 2
 
 
 def nearest_first(

@@ -1,60 +1,102 @@
-"""Nearest neighbours among the embeddings of a store: exact, or by ScaNN.
+"""One part of an index: planned, built with settings that follow from measurement, loaded.
 
-An index is a folder that knows which embeddings it was made from. Distances are squared
-L2, equal ones are ordered by chunk id. Which neighbours are allowed is not its business
+A part answers for the vectors it is given; several are put together in sharded_index.py.
+Here it is decided how a part searches; the ways are exact.py, scann_part.py and
+mesh_search.py. Which neighbours are allowed is not the business of any of them
 (policies.py), nor is asking again when too few were (search.py).
 """
 
 import dataclasses
 import math
-import os
-from collections.abc import Callable, Iterable, Iterator
+import sys
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from retro_jax import storage
-from retro_jax.errors import UserError
-from retro_jax.progress import Progress, duration
+from retro_jax.errors import UserError, nearest
+from retro_jax.progress import duration
+from retro_jax.retrieval import scann_part
+from retro_jax.retrieval.exact import ExactPart
+from retro_jax.retrieval.recall import RecallSample
+from retro_jax.retrieval.scann_part import STORAGE_BYTES, ScannPart, ScannSettings, same_length
 
-KIND = 'index'
-FORMAT_VERSION = 1
-# Candidates beyond k kept through the float32 matrix product, before distances are exact.
-_SPARE = 16
-_QUERY_BLOCK = 512
-_VECTOR_BLOCK = 16384
+KINDS = ('auto', 'exact', 'scann', 'mesh')
+# Candidates that tuning tries; the first is enough for vectors of one length.
+_REORDERS = (20, 40, 80, 160, 320)
+# What scoring one candidate again costs, in vectors scored by their hash (measured, d0 = 384).
+_REORDER_COST = 15
+# Below, ScaNN has too little to train its sixteen codes on.
+_FEWEST_FOR_SCANN = 64
 
 
 @dataclasses.dataclass(frozen=True)
 class IndexConfig:
-  """How to index; 0 lets the number of vectors decide.
+  """How to index; 0 lets measurement, or the number of vectors and the memory, decide.
 
   Attributes:
-    kind: 'auto', 'exact' or 'scann'.
-    exact_below: with 'auto', databases of fewer vectors are searched exactly.
+    kind: 'auto', 'exact', 'scann', or 'mesh' (brute force on the accelerators at hand).
+    exact_below: with 'auto', parts of fewer vectors are searched exactly.
+    vectors_per_part: an index over more vectors has more parts; memory is for one.
+    memory_gib: what building one part may take beyond the process itself.
+    target_recall: leaves_to_search and reorder, where they are 0, are the cheapest that
+      reach it on a sample (surely, so by a standard error more); 0 takes a rule of thumb.
     leaves: partitions of the ScaNN tree (about the square root of the number of vectors).
-    leaves_to_search: how many of them a query looks into (a quarter, at most 150).
-    reorder: how many candidates are scored again with full precision.
-    training_sample: vectors that the tree is trained on.
+    leaves_to_search: how many of them a query looks into.
+    reorder: how many candidates are scored again.
+    storage: of the vectors that ScaNN scores them with: 'float32', 'bfloat16' or 'int8'. The
+      few that remain are scored from the embeddings themselves in any case.
+    training_sample: vectors that tree and hashes are trained on.
     anisotropic_threshold: of ScaNN's quantisation.
+    mesh_approximate: with kind 'mesh', approx_max_k instead of the exact top k.
     recall_sample: how many vectors recall is measured with.
     recall_at: k of that measurement.
+    recall_warning: a part with less recall says so loudly.
   """
 
   kind: str = 'auto'
   exact_below: int = 20_000
+  vectors_per_part: int = 262_144
+  memory_gib: float = 4.0
+  target_recall: float = 0.97
   leaves: int = 0
   leaves_to_search: int = 0
   reorder: int = 0
-  training_sample: int = 250_000
+  storage: str = 'int8'
+  training_sample: int = 0
   anisotropic_threshold: float = 0.2
-  recall_sample: int = 500
+  mesh_approximate: bool = False
+  recall_sample: int = 1000
   recall_at: int = 10
+  recall_warning: float = 0.9
+
+  def __post_init__(self):
+    if self.kind not in KINDS:
+      raise UserError(f'IndexConfig: kind {self.kind!r} is unknown{nearest(self.kind, KINDS)}; '
+                      f'expected one of {", ".join(KINDS)}')
+    if self.storage not in STORAGE_BYTES:
+      raise UserError(f'IndexConfig: storage {self.storage!r} is unknown'
+                      f'{nearest(self.storage, STORAGE_BYTES)}; expected one of '
+                      f'{", ".join(STORAGE_BYTES)}')
+    for name in ('vectors_per_part', 'recall_sample', 'recall_at'):
+      if getattr(self, name) < 1:
+        raise UserError(f'IndexConfig: {name} is {getattr(self, name)}, expected at least 1')
+    for name in ('exact_below', 'leaves', 'leaves_to_search', 'reorder', 'training_sample'):
+      if getattr(self, name) < 0:
+        raise UserError(f'IndexConfig: {name} is {getattr(self, name)}, expected at least 0')
+    for name in ('target_recall', 'recall_warning'):
+      if not 0 <= getattr(self, name) <= 1:
+        raise UserError(f'IndexConfig: {name} is {getattr(self, name)}, expected 0 to 1')
 
 
-class Index(Protocol):
-  """What can be searched."""
+class Part(Protocol):
+  """What can be searched.
+
+  Attributes:
+    kind: 'exact', 'scann' or 'mesh'.
+    size: number of vectors.
+  """
 
   kind: str
   size: int
@@ -68,318 +110,249 @@ class Index(Protocol):
       effort: multiplies the work of an approximate search (leaves, candidates).
 
     Returns:
-      ids int64 [q, k] and squared distances float32 [q, k], nearest first; -1 and inf
-      where there are fewer than k.
+      ids int64 [q, k] in this part and exact squared distances float32 [q, k], nearest
+      first, equally far ones by id; -1 and inf where there are fewer than k.
+
+    Raises:
+      UserError: queries of another dimension, or not finite.
     """
     ...
 
 
-def exact_search(
-    queries: np.ndarray,
-    blocks: Iterable[tuple[int, np.ndarray]],
-    k: int,
-    forbidden: Callable[[np.ndarray], np.ndarray] | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-  """The k nearest of all vectors in `blocks`, exactly; ties go to the smaller id.
+@dataclasses.dataclass(frozen=True)
+class PartPlan:
+  """What building a part will take; estimates from measurements on a 2-core x86 machine.
 
-  A blocked matrix product finds candidates; those, and for safety every vector that rounding
-  could have kept out, get their distance from differences.
-
-  Args:
-    queries: float32 [q, d0].
-    blocks: (first id, float32 [n, d0]) in order; each is read once.
-    k: how many.
-    forbidden: given the ids of a block, int64 [n], says which may not be returned, bool
-      [q, n].
-
-  Returns:
-    ids int64 [q, k], squared distances float32 [q, k]; -1 and inf where there are fewer.
+  Attributes:
+    search: 'exact', 'scann' or 'mesh'.
+    size, dimension: of the vectors.
+    settings: for 'scann'; leaves_to_search and reorder are a first guess where `tuned`.
+    tuned: whether those two follow from measured recall.
+    memory_bytes: while building, beyond the process itself.
+    resident_bytes: while searching, beyond the embeddings.
+    disk_bytes: of the stored part; an exact one stores nothing.
+    seconds: of one core.
   """
-  queries = np.ascontiguousarray(queries, np.float32)
-  q, dimension = queries.shape
-  keep = k + _SPARE
-  query_norms = np.sum(queries * queries, -1)
-  ids = np.full((q, 0), -1, np.int64)
-  exact = np.zeros((q, 0), np.float32)
-  for first, block in blocks:
-    block = np.ascontiguousarray(block, np.float32)
-    norms = np.sum(block * block, -1)
-    block_ids = np.arange(first, first + len(block))
-    distances = np.maximum(query_norms[:, None] - 2 * (queries @ block.T) + norms, 0)
-    if forbidden is not None:
-      distances[forbidden(block_ids)] = np.inf
-    # What the float32 product can be off by: the worst-case rounding of a dot product.
-    slack = 4 * (dimension + 4) * 2.0**-24 * (
-        np.sqrt(query_norms) + math.sqrt(float(norms.max(initial=0)))) ** 2
-    chosen = min(keep, len(block))
-    columns = np.argpartition(distances, chosen - 1, axis=-1)[:, :chosen]
-    picked = np.take_along_axis(distances, columns, -1)
-    picked_exact = _differences(queries, block, columns)
-    picked_exact[np.isinf(picked)] = np.inf
-    # Rows with near-ties across the cut are resolved from the whole block.
-    cut = picked.max(-1)
-    kth = np.sort(picked, -1)[:, min(k, chosen) - 1]
-    unsafe = np.flatnonzero((chosen < len(block)) & (cut <= kth + 2 * slack) & np.isfinite(cut))
-    extra: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for row in unsafe:
-      near = np.flatnonzero(distances[row] <= kth[row] + 2 * slack[row])
-      near_exact = _differences(queries[row:row + 1], block, near[None])[0]
-      order = np.lexsort((near, near_exact))[:chosen]
-      extra[int(row)] = (near[order], near_exact[order])
-    for row, (near, near_exact) in extra.items():
-      columns[row], picked_exact[row] = -1, np.inf
-      columns[row, :len(near)], picked_exact[row, :len(near)] = near, near_exact
-    new_ids = np.where(np.isinf(picked_exact), -1, columns + first)
-    ids = np.concatenate([ids, new_ids], -1)
-    exact = np.concatenate([exact, picked_exact], -1)
-    ids, exact = nearest_first(ids, exact, keep)
-  ids, exact = nearest_first(ids, exact, k)
-  missing = k - ids.shape[1]
-  return (np.pad(ids, ((0, 0), (0, missing)), constant_values=-1),
-          np.pad(exact, ((0, 0), (0, missing)), constant_values=np.inf))
 
+  search: str
+  size: int
+  dimension: int
+  settings: ScannSettings | None
+  tuned: bool
+  memory_bytes: int
+  resident_bytes: int
+  disk_bytes: int
+  seconds: float
 
-def nearest_first(
-    ids: np.ndarray, distances: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-  """The first k of each row by (distance, id); -1 counts as farther than anything."""
-  distances = np.where(ids < 0, np.float32(np.inf), distances)
-  order = np.lexsort((np.where(ids < 0, np.iinfo(np.int64).max, ids), distances))[:, :k]
-  return np.take_along_axis(ids, order, -1), np.take_along_axis(distances, order, -1)
-
-
-def _differences(queries: np.ndarray, block: np.ndarray, columns: np.ndarray) -> np.ndarray:
-  """float32 [q, c]: squared distance of each query to its columns, summed in float64."""
-  result = np.empty(columns.shape, np.float32)
-  for first in range(0, len(queries), 256):
-    part = slice(first, first + 256)
-    difference = block[columns[part]] - queries[part, None]
-    result[part] = np.einsum('qcd,qcd->qc', difference, difference, dtype=np.float64)
-  return result
-
-
-class ExactIndex:
-  """Every vector is looked at."""
-
-  kind = 'exact'
-
-  def __init__(self, vectors: np.ndarray):
-    self._vectors = vectors
-    self.size = len(vectors)
-
-  def search(self, queries: np.ndarray, k: int, effort: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`; `effort` changes nothing."""
-    del effort
-    queries = check_queries(queries, self._vectors.shape[1])
-    parts = [exact_search(queries[i:i + _QUERY_BLOCK], array_blocks(self._vectors), k)
-             for i in range(0, len(queries), _QUERY_BLOCK)]
-    return _joined(parts, k)
-
-
-class ScannIndex:
-  """A ScaNN searcher: tree, asymmetric hashing, re-ordering with full precision."""
-
-  kind = 'scann'
-
-  def __init__(self, searcher: Any, size: int, dimension: int, settings: dict[str, int]):
-    self._searcher = searcher
-    self._dimension = dimension
-    self._settings = settings
-    self.size = size
-
-  def search(self, queries: np.ndarray, k: int, effort: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """See `Index.search`."""
-    queries = check_queries(queries, self._dimension)
-    wanted = min(k, self.size)
-    if not len(queries) or not wanted:
-      return _joined([], k)
-    ids, distances = self._searcher.search_batched(
-        queries,
-        final_num_neighbors=wanted,
-        pre_reorder_num_neighbors=min(self.size, max(self._settings['reorder'] * effort, 4 * k)),
-        leaves_to_search=min(self._settings['leaves'],
-                             self._settings['leaves_to_search'] * effort))
-    # Places it could not fill come back as id 0 at distance NaN.
-    ids = np.where(np.isnan(distances), -1, ids.astype(np.int64))
-    ids, distances = nearest_first(ids, np.maximum(distances, 0), wanted)
-    spare = ((0, 0), (0, k - wanted))
-    return (np.pad(ids, spare, constant_values=-1),
-            np.pad(distances, spare, constant_values=np.inf))
-
-
-def check_queries(queries: np.ndarray, dimension: int) -> np.ndarray:
-  """`queries` as contiguous float32 [q, dimension].
-
-  Raises:
-    UserError: they come from an embedder of another dimension.
-  """
-  queries = np.ascontiguousarray(queries, np.float32)
-  if queries.ndim != 2 or queries.shape[1] != dimension:
-    raise UserError(f'queries have shape {list(queries.shape)}, the index holds vectors of '
-                    f'dimension {dimension}; embed both with the same embedder')
-  return queries
-
-
-def array_blocks(vectors: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-  """`vectors` [n, d0] as (first row, float32 block)."""
-  for first in range(0, len(vectors), _VECTOR_BLOCK):
-    yield first, np.asarray(vectors[first:first + _VECTOR_BLOCK], np.float32)
-
-
-def _joined(
-    parts: list[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
-  empty = (np.zeros((0, k), np.int64), np.zeros((0, k), np.float32))
-  ids, distances = zip(empty, *parts)
-  return np.concatenate(ids), np.concatenate(distances)
-
-
-def scann_settings(size: int, config: IndexConfig) -> dict[str, int]:
-  """The numbers ScaNN is built with for `size` vectors; what `config` sets wins."""
-  leaves = config.leaves or max(1, round(math.sqrt(size)))
-  return {
-      'leaves': leaves,
-      'leaves_to_search': min(leaves, config.leaves_to_search or min(150, max(8, leaves // 4))),
-      'reorder': config.reorder or 200,
-      'training_sample': min(size, config.training_sample),
-  }
-
-
-def build_index(
-    folder: str | os.PathLike,
-    embeddings: np.ndarray,
-    config: IndexConfig = IndexConfig(),
-    *,
-    fingerprint: str,
-) -> Index:
-  """Builds and stores an index; skips when current.
-
-  Args:
-    folder: where it is to lie.
-    embeddings: [n, d0], float16 or float32; row i is chunk i.
-    config: the settings.
-    fingerprint: of the embeddings; a store of another one is refused by `load_index`.
-
-  Raises:
-    UserError: no vectors, or an unknown kind.
-  """
-  size, dimension = embeddings.shape
-  if not size:
-    raise UserError(f'{folder}: no vectors to index; build the database with documents in it')
-  if config.kind not in ('auto', 'exact', 'scann'):
-    raise UserError(f"index kind {config.kind!r} is unknown; expected 'auto', 'exact' or 'scann'")
-  exact = config.kind == 'exact' or (config.kind == 'auto' and size < config.exact_below)
-  inputs = index_inputs(config, fingerprint)
-  if storage.is_current(folder, KIND, inputs):
-    return load_index(folder, fingerprint)
-  manifest: dict[str, Any] = {
-      'kind': KIND, 'format_version': FORMAT_VERSION, 'inputs': inputs,
-      'search': 'exact' if exact else 'scann', 'embedding_fingerprint': fingerprint,
-      'size': size, 'dimension': dimension}
-  with storage.building(folder, manifest) as temporary:
-    if exact:
-      print(f'index: {size:,} vectors of {dimension}, exact search, '
-            f'{embeddings.nbytes / 1e6:,.1f} MB')
-      np.save(temporary / 'vectors.npy', embeddings)
-      manifest['recall'] = {'at': config.recall_at, 'sample': 0, 'recall': 1.0, 'self_recall': 1.0}
+  def __str__(self) -> str:
+    text = f'{self.size:,} vectors of {self.dimension}, '
+    if self.settings is None:
+      text += {'exact': 'exact search', 'mesh': 'brute force on the accelerators'}[self.search]
     else:
-      manifest['settings'] = scann_settings(size, config)
-      manifest['recall'] = _build_scann(temporary, embeddings, config, manifest['settings'])
-  return load_index(folder, fingerprint)
+      s = self.settings
+      searched = 'as measured' if self.tuned else f'{s.leaves_to_search:,} searched'
+      text += f'ScaNN, {s.leaves:,} leaves, {searched}, {s.storage}'
+    return (f'{text}; about {self.memory_bytes / 2**20:,.0f} MiB to build, '
+            f'{self.resident_bytes / 2**20:,.0f} MiB to search, '
+            f'{self.disk_bytes / 2**20:,.0f} MiB on disk, {duration(self.seconds)}')
 
 
-def index_inputs(config: IndexConfig, fingerprint: str) -> dict[str, Any]:
-  """What the stored index depends on."""
-  return {'format_version': FORMAT_VERSION, 'config': dataclasses.asdict(config),
-          'embeddings': fingerprint}
-
-
-def load_index(folder: str | os.PathLike, fingerprint: str | None = None) -> Index:
-  """Opens a stored index.
-
-  Args:
-    folder: where it lies.
-    fingerprint: of the embeddings the caller is about to search; None skips the check.
+def plan_part(size: int, dimension: int, config: IndexConfig) -> PartPlan:
+  """What a part of `size` vectors of `dimension` would be.
 
   Raises:
-    UserError: nothing there, or made from other embeddings.
+    UserError: no vectors, or building does not fit into `memory_gib`.
   """
-  manifest = storage.read_manifest(folder, KIND)
-  if fingerprint is not None and manifest['embedding_fingerprint'] != fingerprint:
-    raise UserError(f'{folder}: indexes embeddings {manifest["embedding_fingerprint"]}, the '
-                    f'database holds {fingerprint}; build the index again')
-  if manifest['search'] == 'exact':
-    return ExactIndex(np.load(Path(folder) / 'vectors.npy', mmap_mode='r'))
-  return ScannIndex(_scann().load_searcher(str(Path(folder).resolve() / 'scann')),
-                    manifest['size'], manifest['dimension'], manifest['settings'])
+  if not size:
+    raise UserError('no vectors to index; build the database with documents in it')
+  search = config.kind
+  if search == 'auto':
+    search = 'exact' if size < config.exact_below else 'scann'
+  if search == 'scann' and size < _FEWEST_FOR_SCANN:
+    search = 'exact'
+  if search != 'scann':
+    # One block of float32 at a time here; on the accelerators, all of it.
+    block = min(size, 16384) * dimension * 4
+    resident = size * dimension * 4 if search == 'mesh' else 0
+    return PartPlan(search, size, dimension, None, False, 3 * block, resident, 0, 0.0)
+  settings, tuned = _settings(size, dimension, config)
+  resident = settings.bytes_in_memory(size, dimension)
+  memory = _build_bytes(size, dimension, settings)
+  if memory > config.memory_gib * 2**30:
+    fits = int(size * config.memory_gib * 2**30 / memory)
+    raise UserError(
+        f'a part of {size:,} vectors of {dimension} takes {memory / 2**30:.1f} GiB to build, '
+        f'memory_gib is {config.memory_gib:g}; set IndexConfig.vectors_per_part to {fits:,} or '
+        'less, or memory_gib higher')
+  return PartPlan('scann', size, dimension, settings, tuned, memory, resident,
+                  settings.bytes_on_disk(size, dimension), _build_seconds(size, dimension, settings))
 
 
-def _scann() -> Any:
-  try:
-    from scann import scann_ops_pybind  # pylint: disable=import-outside-toplevel
-  except ImportError as error:
-    raise UserError(f"scann does not import ({error}); install the pinned versions, or set the "
-                    "index kind to 'exact'") from None
-  return scann_ops_pybind
+def _settings(size: int, dimension: int, config: IndexConfig) -> tuple[ScannSettings, bool]:
+  """Settings before anything is measured, and whether measurement will change them."""
+  leaves = min(size, config.leaves or max(1, round(math.sqrt(size))))
+  settings = ScannSettings(
+      leaves=leaves,
+      leaves_to_search=min(leaves, config.leaves_to_search or math.ceil(1.6 * math.sqrt(leaves))),
+      reorder=config.reorder or _REORDERS[1],
+      storage=config.storage,
+      one_length=True,
+      training_sample=min(size, config.training_sample or 100_000),
+      anisotropic_threshold=config.anisotropic_threshold)
+  tuned = bool(config.target_recall) and not (config.leaves_to_search and config.reorder)
+  return settings, tuned
 
 
-def _build_scann(
-    folder: Path, embeddings: np.ndarray, config: IndexConfig, settings: dict[str, int]
-) -> dict[str, Any]:
-  """Trains, stores and judges a ScaNN searcher; returns its measured recall."""
-  size, dimension = embeddings.shape
-  # Measured on two cores: 39 thousand vectors of 384 in 9 s, 300 thousand in 55 s.
-  seconds = size * dimension * 5e-7
-  print(f'index: {size:,} vectors of {dimension}, ScaNN, {settings["leaves"]:,} leaves, '
-        f'{settings["leaves_to_search"]:,} searched, {settings["reorder"]:,} re-ordered; '
-        f'about {size * dimension * 4.6 / 1e6:,.0f} MB and {duration(seconds)}', flush=True)
-  vectors = np.asarray(embeddings, np.float32)
-  # random_init=False: the default seeds the tree from memory addresses, other every time.
-  searcher = (
-      _scann().builder(vectors, config.recall_at, 'squared_l2')
-      .tree(settings['leaves'], settings['leaves_to_search'],
-            training_sample_size=settings['training_sample'], random_init=False)
-      .score_ah(2, anisotropic_quantization_threshold=config.anisotropic_threshold)
-      .reorder(settings['reorder'])
-      .build())
-  target = folder.resolve() / 'scann'
-  target.mkdir()
-  # Relative names inside, since this folder is renamed; loading takes an absolute path.
-  searcher.serialize(str(target), relative_path=True)
-  index = ScannIndex(searcher, size, dimension, settings)
-  recall = measure_recall(index, vectors, config.recall_at, config.recall_sample)
-  print(f'index: recall@{recall["at"]} {recall["recall"]:.4f} against exact search on '
-        f'{recall["sample"]} vectors, {recall["self_recall"]:.4f} find themselves', flush=True)
-  return recall
+def _build_bytes(size: int, dimension: int, settings: ScannSettings) -> int:
+  # The rows, ScaNN's copy of them, what it trains on, what it keeps.
+  rows = 4 * dimension * (2 * size + settings.training_sample)
+  return rows + settings.bytes_on_disk(size, dimension)
 
 
-def measure_recall(
-    index: Index, vectors: np.ndarray, k: int, sample: int) -> dict[str, Any]:
-  """How much of the exact answer an index gives, on evenly spread vectors of its own.
+def _build_seconds(size: int, dimension: int, settings: ScannSettings) -> float:
+  return size * dimension * 1.2e-6
+
+
+def build_part(
+    folder: Path, vectors: Any, config: IndexConfig, threads: int = 0) -> dict[str, Any]:
+  """Builds a part into a fresh folder; the same bytes from any process, with any `threads`.
+
+  Args:
+    folder: exists and is empty; it may be renamed afterwards.
+    vectors: [n, d0], float16 or float32: anything with .shape, len() and rows by slice or
+      integer array. An exact part reads them when it is searched, and stores nothing.
+    config: the settings.
+    threads: of ScaNN's training, 0 for all cores.
 
   Returns:
-    `recall`: share of the exact k nearest others that are among those found, counting ties
-    as found; `self_recall`: share of vectors that find a vector at distance 0.
+    What `load_part` needs and the manifest keeps: `search`, `settings`, `size`, `dimension`,
+    `recall` (see recall.RecallSample.measure), `bytes_per_vector` of the stored files.
+
+  Raises:
+    UserError: no vectors, vectors that are not finite, or too little memory allowed.
   """
-  rows = np.unique(np.linspace(0, len(vectors) - 1, min(sample, len(vectors))).astype(int))
-  queries = np.asarray(vectors[rows], np.float32)
-  k = min(k, len(vectors) - 1)
-  ids, distances = index.search(queries, k + 1)
-  self_recall = float(np.mean(np.any(ids == rows[:, None], -1) | (distances[:, 0] <= 1e-6)))
-  if not k:
-    return {'at': 0, 'sample': len(rows), 'recall': 1.0, 'self_recall': self_recall}
-  progress = Progress('recall', len(rows), 'queries')
-  found = 0
-  for first in range(0, len(rows), _QUERY_BLOCK):
-    part = slice(first, first + _QUERY_BLOCK)
-    truth, true_distances = exact_search(queries[part], array_blocks(vectors), k + 1)
-    others = truth != rows[part, None]
-    # Where the vector itself is not in its own list (more copies than k), one place is spare.
-    others[np.all(others, -1), -1] = False
-    for row in range(len(truth)):
-      worst = true_distances[row, others[row]][-1]
-      got = set(ids[first + row][distances[first + row] <= worst * (1 + 1e-5) + 1e-6].tolist())
-      got.discard(int(rows[first + row]))
-      got.discard(-1)
-      found += min(k, len(got))
-    progress.update(len(truth))
-  return {'at': k, 'sample': len(rows), 'recall': found / (k * len(rows)),
-          'self_recall': self_recall}
+  size, dimension = vectors.shape
+  plan = plan_part(size, dimension, config)
+  print(f'index part: {plan}', flush=True)
+  one_length = same_length(vectors)  # and all finite
+  facts: dict[str, Any] = {'search': plan.search, 'size': size, 'dimension': dimension,
+                           'settings': {}}
+  if plan.search == 'exact':
+    part: Part = ExactPart(vectors)
+  elif plan.search == 'mesh':
+    facts['settings'] = {'approximate': config.mesh_approximate}
+    part = load_part(folder, facts, vectors) if config.mesh_approximate else ExactPart(vectors)
+  else:
+    settings = dataclasses.replace(plan.settings, one_length=one_length)
+    part = scann_part.build(folder, vectors, settings, threads)
+  if part.kind == 'exact':
+    facts['recall'] = {'at': config.recall_at, 'sample': 0, 'recall': 1.0, 'self_recall': 1.0}
+  else:
+    sample = RecallSample.of(vectors, config.recall_at, config.recall_sample)
+    if plan.tuned:
+      tune(part, sample, config)
+    facts['recall'] = sample.measure(part)
+    _report_recall(facts['recall'], config)
+  if isinstance(part, ScannPart):
+    facts['settings'] = dataclasses.asdict(part.settings)
+  stored = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+  facts['bytes_per_vector'] = round(stored / size, 1)
+  return facts
+
+
+def tune(part: ScannPart, sample: RecallSample, config: IndexConfig) -> None:
+  """Gives `part` the cheapest leaves_to_search and reorder that reach the target recall.
+
+  Cost is counted in vectors scored, not in seconds, so that every machine chooses alike.
+  Where nothing reaches the target, what finds most is taken.
+  """
+  settings = part.settings
+  target = min(config.target_recall + sample.standard_error, 1.0)
+  per_leaf = part.size / settings.leaves
+  leaves = [config.leaves_to_search] if config.leaves_to_search else _steps(settings.leaves)
+  best: tuple[float, float, ScannSettings] | None = None
+  for reorder in [config.reorder] if config.reorder else _REORDERS:
+    low, high = 0, len(leaves) - 1
+    while low <= high:
+      middle = (low + high) // 2
+      part.settings = dataclasses.replace(
+          settings, leaves_to_search=leaves[middle], reorder=reorder)
+      recall = sample.measure(part)['recall']
+      cost = leaves[middle] * per_leaf + _REORDER_COST * reorder
+      missing = max(0.0, target - recall)
+      if best is None or (missing, cost) < best[:2]:
+        best = missing, cost, part.settings
+      if missing:
+        low = middle + 1
+      else:
+        high = middle - 1
+  part.settings = best[2]
+
+
+def _steps(last: int) -> list[int]:
+  """1, 2, 3, 4, 5, 7, 9, ...: each about a quarter more than the one before, up to `last`."""
+  steps = [1]
+  while steps[-1] < last:
+    steps.append(min(last, max(steps[-1] + 1, round(steps[-1] * 1.25))))
+  return steps
+
+
+def _report_recall(recall: dict[str, Any], config: IndexConfig) -> None:
+  """One line, and a loud one where recall is too low."""
+  print(f'index part: recall@{recall["at"]} {recall["recall"]:.4f} against exact search for '
+        f'{recall["sample"]:,} vectors, {recall["self_recall"]:.4f} find themselves', flush=True)
+  if recall['recall'] < config.recall_warning:
+    print(f'WARNING: recall@{recall["at"]} is {recall["recall"]:.4f}, below recall_warning '
+          f'{config.recall_warning:g}: many of the nearest chunks will be missed. Set IndexConfig '
+          "leaves_to_search or reorder higher (0 lets target_recall choose), or kind='exact'.",
+          file=sys.stderr, flush=True)
+
+
+def load_part(folder: Path, facts: dict[str, Any], vectors: Any, threads: int = 1) -> Part:
+  """Opens what `build_part` made.
+
+  Args:
+    folder: where it lies now.
+    facts: what `build_part` returned.
+    vectors: the same vectors.
+    threads: of ScaNN's search; the answers are the same.
+
+  Raises:
+    UserError: other vectors than it was built from, or files that cannot be read.
+  """
+  if tuple(vectors.shape) != (facts['size'], facts['dimension']):
+    raise UserError(f'{folder}: indexes {facts["size"]} vectors of {facts["dimension"]}, the '
+                    f'store holds {vectors.shape[0]} of {vectors.shape[1]}; build it again')
+  if facts['search'] == 'exact':
+    return ExactPart(vectors)
+  if facts['search'] == 'mesh':
+    from retro_jax.retrieval import mesh_search  # pylint: disable=import-outside-toplevel
+    return mesh_search.MeshSearch(
+        mesh_search.all_devices(), vectors, approximate=facts['settings']['approximate'])
+  return scann_part.load(folder, ScannSettings(**facts['settings']), vectors, threads)
+
+
+def latency(part: Part, queries: np.ndarray, k: int) -> dict[str, float]:
+  """How long `part` takes, now, on this machine.
+
+  Args:
+    part: what is asked.
+    queries: float32 [q, d0], at least one; each is asked alone, then all together.
+    k: neighbours of each.
+
+  Returns:
+    `p50_ms`, `p90_ms`, `p99_ms` of wall-clock time for one query, and
+    `queries_per_second` for all at once.
+  """
+  part.search(queries[:2], k)
+  seconds = []
+  for row in range(len(queries)):
+    start = time.perf_counter()
+    part.search(queries[row:row + 1], k)
+    seconds.append(time.perf_counter() - start)
+  start = time.perf_counter()
+  part.search(queries, k)
+  together = time.perf_counter() - start
+  p50, p90, p99 = np.percentile(np.array(seconds) * 1e3, [50, 90, 99]).tolist()
+  return {'p50_ms': p50, 'p90_ms': p90, 'p99_ms': p99,
+          'queries_per_second': len(queries) / together}
