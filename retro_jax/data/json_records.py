@@ -32,7 +32,7 @@ def parse(line: str) -> dict[str, Any]:
   except ValueError as error:
     hint = ' (is a line end missing?)' if 'Extra data' in str(error) else ''
     reason = getattr(error, 'msg', str(error)).split(';')[0]
-    at = f' at column {error.colno}' if isinstance(error, json.JSONDecodeError) else ''
+    at = f' at column {error.pos + 1}' if isinstance(error, json.JSONDecodeError) else ''
     raise BadRecord(f'not valid JSON: {reason}{at}{hint}; correct or remove the line') from None
   if not isinstance(record, dict):
     raise BadRecord(f'expected a JSON object, found {_kind(record)}; correct or remove the line')

@@ -25,6 +25,7 @@ PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # SentencePiece writes a space as U+2581, so a U+2581 of the text itself has to travel as bytes.
 _SPACE = '\u2581'
 _SPACE_BYTES = _SPACE.encode()
+_SPACES = re.compile(f'({_SPACE}+)')
 _SURROGATES = re.compile('[\ud800-\udfff]')
 # Each always is one token: line ends with the indentation after them, runs of spaces, tabs.
 _LAYOUT = (
@@ -36,8 +37,9 @@ _LAYOUT = (
 # sizes the first was the fastest.
 _PIECE_CHARACTERS = 4096
 _LONGEST_PIECE = 1 << 18
-# Characters whose ids are held as Python's integers.
-_CHARACTERS_AT_ONCE = 1 << 21
+# Characters whose ids are held as Python's integers, and how many a part costs beside its own.
+_CHARACTERS_AT_ONCE = 1 << 20
+_CHARACTERS_A_PART = 16
 # What SentencePiece is fed at a time in training; longer "sentences" only slow its training down.
 _SENTENCE_CHARACTERS = 4096
 _NUM_THREADS = 2
@@ -49,11 +51,11 @@ def clean_text(text: str) -> str:
 
 
 class _Part(NamedTuple):
-  """Text that is encoded by itself: a part of text `row`, after a U+2581 or not."""
+  """Text that is encoded by itself: a part of text `row`, after so many U+2581."""
 
   row: int
+  spaces: int
   text: str
-  after_space: bool
 
 
 class Vocabulary:
@@ -140,13 +142,12 @@ class Vocabulary:
     stand for its exact bytes.
     """
     arrays: list[list[np.ndarray]] = [[np.zeros(0, np.int32)] for _ in texts]
-    separator = [self._byte_ids[bytes([b])] for b in _SPACE_BYTES]
+    space = [self._byte_ids[bytes([b])] for b in _SPACE_BYTES]
     for group in _groups(self._parts(texts)):
       encoded = self._processor.encode([part.text for part in group], num_threads=_NUM_THREADS)
       ids: list[int] = []
       for position, part in enumerate(group):
-        if part.after_space:
-          ids += separator
+        ids += space * part.spaces
         ids += encoded[position]
         if position + 1 == len(group) or group[position + 1].row != part.row:
           arrays[part.row].append(np.array(ids, np.int32))
@@ -160,8 +161,10 @@ class Vocabulary:
       start = 0
       while start < len(text):
         end = self._cut(text, start + _PIECE_CHARACTERS, start + _LONGEST_PIECE)
-        for position, part in enumerate(text[start:end].split(_SPACE)):
-          yield _Part(row, part, position > 0)
+        between = _SPACES.split(text[start:end])
+        yield _Part(row, 0, between[0])
+        for spaces, part in zip(between[1::2], between[2::2]):
+          yield _Part(row, len(spaces), part)
         start = end
 
   def _cut(self, text: str, first: int, last: int) -> int:
@@ -240,7 +243,7 @@ def _groups(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
   characters = 0
   for part in parts:
     group.append(part)
-    characters += len(part.text) + 1
+    characters += part.spaces + len(part.text) + _CHARACTERS_A_PART
     if characters >= _CHARACTERS_AT_ONCE:
       yield group
       group, characters = [], 0
