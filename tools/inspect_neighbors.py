@@ -1,4 +1,4 @@
-"""Chunks beside their neighbours: python tools/inspect_neighbors.py --gin_file=gin/data/inspect.gin .
+"""Chunks beside their neighbours: python tools/inspect_neighbors.py --gin_file=... .
 
 Prints stored chunks, or typed text retrieved for at once, with what was copied, and writes a
 page if asked to. Which chunks, and what is said of them, is in retro_jax/evaluation/inspection.py.

@@ -71,7 +71,7 @@ class StoredChunks:
 
   def read(self, places: np.ndarray) -> Chunks:
     """The chunks at `places` [p], in their order; places of padding are left out."""
-    return _joined([part for part in self.blocks(places)])
+    return _joined(list(self.blocks(places)))
 
   def blocks(self, places: np.ndarray) -> Iterator[Chunks]:
     """As `read`, some at a time: at most those of 64 different examples."""
@@ -117,16 +117,17 @@ class StoredChunks:
     numbers, where = np.unique(places // self.chunks_per_example, return_inverse=True)
     rows = self.examples.read(numbers)
     at = where, places % self.chunks_per_example
+    tokens = rows['tokens'].reshape(len(numbers), shape.num_chunks, shape.chunk_length)
     chunks = Chunks(
         places, rows['chunk_ids'][at], rows['documents'][at].astype(np.int64),
-        rows['tokens'].reshape(len(numbers), -1, shape.chunk_length)[at].astype(np.int32),
+        tokens[at].astype(np.int32),
         np.zeros((len(places), shape.chunk_length), np.int32), rows['neighbor_ids'][at],
         rows['neighbor_distances'][at], rows['neighbor_tokens'][at].astype(np.int32))
     chunks = chunks.of(chunks.ids >= 0)
     if len(chunks):
       # From the store: an example ends in the middle of a document.
-      tokens, _ = self.queries.with_continuation(chunks.ids)
-      chunks.following[:] = tokens[:, shape.chunk_length:]
+      both, _ = self.queries.with_continuation(chunks.ids)
+      chunks.following[:] = both[:, shape.chunk_length:]
     return chunks
 
 

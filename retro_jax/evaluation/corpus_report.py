@@ -192,7 +192,8 @@ def neighbor_facts(stored: StoredChunks, config: ReportConfig, name: str) -> dic
   gain = potential.measure(seen.watch(places, name), config.numbers_of_neighbors, config.seed)
   return {
       'examples': str(stored.examples.folder), 'queries': manifest['queries'],
-      'kind': manifest['neighbors'], 'distance': _distance(manifest), 'num_neighbors': stored.examples.shape.num_neighbors,
+      'kind': manifest['neighbors'], 'distance': _distance(manifest),
+      'num_neighbors': stored.examples.shape.num_neighbors,
       'sample': {'chunks': seen.chunks, 'asked_for': config.sample, 'seed': config.seed},
       'chunks': counts.get('chunks'), 'chunks_with_fewer': counts.get('chunks_with_fewer'),
       'dropped': {reason: n for reason, n in counts.items() if reason not in _NOT_A_REASON},

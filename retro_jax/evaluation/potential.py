@@ -89,8 +89,9 @@ def _first_rank(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
   values, numbered = np.unique(
       np.concatenate([ours.ravel(), theirs.ravel()]), return_inverse=True)
   row = np.arange(p, dtype=np.int64)[:, None] * len(values)
-  code = row + numbered[:ours.size].reshape(p, -1)
-  codes, first = np.unique(row + numbered[ours.size:].reshape(p, -1), return_index=True)
+  code = row + numbered[:ours.size].reshape(ours.shape)
+  codes, first = np.unique(
+      row + numbered[ours.size:].reshape(p, k * width), return_index=True)
   if not len(codes):
     return np.full(ours.shape, k, np.int64)
   at = np.minimum(np.searchsorted(codes, code), len(codes) - 1)
@@ -128,7 +129,7 @@ def measure(blocks: Iterable[tuple[Chunks, np.ndarray]], ks: Sequence[int], seed
     documents.append(chunks.documents)
     totals.append(nearest.total)
     for kind, counts in zip(KINDS, (nearest, random)):
-      sums[kind].append(counts.found.reshape(len(chunks), -1))
+      sums[kind].append(counts.found.reshape(len(chunks), len(MEASURES) * len(PARTS) * len(ks)))
   body: dict[str, Any] = {'chunks': 0, 'documents': 0, 'ks': list(ks), 'rows': []}
   if not sum(map(len, documents)):
     return body

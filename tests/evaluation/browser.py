@@ -12,7 +12,7 @@ _NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable
 _FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
           '--disable-background-networking', '--disable-component-update', '--disable-sync',
           '--disable-dev-shm-usage', '--host-resolver-rules=MAP * ~NOTFOUND')
-_SECONDS = 60
+_SECONDS = 180  # a busy machine starts one slowly
 
 
 def find() -> str | None:
