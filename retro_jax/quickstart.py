@@ -18,13 +18,14 @@ from retro_jax.evaluation import ablations, report, results, showcase
 from retro_jax.evaluation.ablations import EvaluationConfig
 from retro_jax.models.config import RetroConfig
 from retro_jax.progress import duration
-from retro_jax.retrieval import pipeline
+from retro_jax.retrieval import pipeline, planning, stages
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import (
     BertEmbedder, LexicalEmbedder, RandomEmbedder, on_local_devices)
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
 from retro_jax.retrieval.policies import PolicyConfig
+from retro_jax.retrieval.stages import LocalRunner
 from retro_jax.training import checkpoints, loop
 from retro_jax.training.checkpoints import CheckpointConfig
 from retro_jax.training.metrics import read_metrics
@@ -33,7 +34,8 @@ from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
 CONFIGURABLES = (PythonLibrary, DatabaseConfig, BertEmbedder, LexicalEmbedder, RandomEmbedder,
                  IndexConfig, ExamplesConfig, PolicyConfig, RetroConfig, loop.TrainingConfig,
-                 OptimizerConfig, MeshConfig, ShardingRules, CheckpointConfig, EvaluationConfig)
+                 OptimizerConfig, MeshConfig, ShardingRules, CheckpointConfig, EvaluationConfig,
+                 LocalRunner)
 SPLITS = ('train', 'valid', 'test')
 
 
@@ -46,7 +48,7 @@ class QuickstartJob:
     corpus: documents; its `split` is set to each of train, valid and test in turn.
     vocabulary: path of a SentencePiece model to load, or '' to train one of
       `model.vocab_size` pieces on the train split.
-    database, embedder, index, examples: the offline stages.
+    database, embedder, index, examples: the offline stages; runner: who runs them.
     model: the RETRO; the baseline is the same without CCA layers.
     training, optimizer, mesh, rules, checkpoints: the same for both models.
     evaluation: how held-out text is scored.
@@ -70,6 +72,7 @@ class QuickstartJob:
   evaluation: EvaluationConfig = EvaluationConfig()
   pretrained: str = ''
   sample_tokens: int = 64
+  runner: Any = stages.HERE
 
 
 def quickstart(job: QuickstartJob) -> None:
@@ -77,12 +80,13 @@ def quickstart(job: QuickstartJob) -> None:
   folder = Path(job.run_dir)
   clock = _Clock()
   clock.start('vocabulary and database')
-  vocabulary, embedder = _vocabulary(job, folder), on_local_devices(job.embedder)
+  vocabulary = _vocabulary(job, folder)
+  embedder = planning.for_runner(job.embedder, job.runner, on_local_devices)
   stores = {split: pipeline.build_database(
       folder / 'stores' / split, dataclasses.replace(job.corpus, split=split), vocabulary,
-      embedder, job.database) for split in SPLITS}
+      embedder, job.database, job.runner) for split in SPLITS}
   clock.start('index and neighbours')
-  pipeline.build_index(folder / 'index', stores['train'], job.index)
+  pipeline.build_index(folder / 'index', stores['train'], job.index, job.runner)
   nearest = {split: _examples(job, folder, stores, split, 'nearest') for split in SPLITS}
   random = {split: _examples(job, folder, stores, split, 'random') for split in ('valid', 'test')}
 
@@ -145,7 +149,7 @@ def _examples(job: QuickstartJob, folder: Path, stores: dict[str, ChunkDatabase]
   name = split if kind == 'nearest' else f'{split}_{kind}'
   out = folder / 'examples' / name
   pipeline.build_examples(out, stores[split], stores['train'], folder / 'index',
-                          dataclasses.replace(job.examples, kind=kind))
+                          dataclasses.replace(job.examples, kind=kind), job.runner)
   return str(out)
 
 

@@ -295,10 +295,14 @@ def _run_in_beam(task: Task) -> None:
 
 
 def one_cpu_device() -> None:
-  """Makes JAX, when it is imported later, use one CPU device in this process."""
+  """Makes JAX, when it is imported later, use one CPU device in this process.
+
+  And its own matrix products: with the library that the training scripts choose
+  (--xla_cpu_experimental_ynn_fusion_type) embedding was seen to hang in two workers at once.
+  """
   os.environ['JAX_PLATFORMS'] = 'cpu'
-  flags = os.environ.get('XLA_FLAGS', '')
-  os.environ['XLA_FLAGS'] = f'{flags} --xla_force_host_platform_device_count=1'.strip()
+  flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split() if 'ynn' not in flag]
+  os.environ['XLA_FLAGS'] = ' '.join([*flags, '--xla_force_host_platform_device_count=1'])
   os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 
