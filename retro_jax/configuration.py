@@ -102,8 +102,9 @@ def resolve(job: type, configurables: Iterable[type], line: CommandLine) -> Any:
   _parse(line, classes)
   try:
     resolved = gin.get_configurable(job.__name__)()
-  except UserError:
-    raise
+  except UserError as error:
+    # gin adds where in its files the config was made.
+    raise UserError(str(error).splitlines()[0]) from None
   except (ValueError, TypeError, RuntimeError) as error:
     raise UserError(_one_line(error, classes)) from error
   _refuse_unused()

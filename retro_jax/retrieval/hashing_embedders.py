@@ -25,7 +25,8 @@ class LexicalEmbedder(EmbedderBase):
   Features are words (runs of \w, or single punctuation marks), sequences of them up to
   `word_ngrams` long and character n-grams. A feature's hash picks one of
   `dimension` places and a sign (so that collisions cancel on average); it counts
-  log(1 + times in the text). Vectors have unit length; a text without features gives zeros.
+  log(1 + times in the text). Vectors have unit length. Texts without features share one direction of
+  their own: zeros would be nearer to every text than most texts are to each other.
 
   Attributes:
     dimension: of the vectors.
@@ -52,7 +53,7 @@ class LexicalEmbedder(EmbedderBase):
                       f'{self.character_ngrams} too')
 
   def describe(self) -> dict[str, Any]:
-    return {'kind': 'lexical', 'version': 1, **dataclasses.asdict(self)}
+    return {'kind': 'lexical', 'version': 2, **dataclasses.asdict(self)}
 
   def embed(self, texts: Sequence[str],
             on_progress: Callable[[int], None] | None = None) -> np.ndarray:
@@ -105,6 +106,8 @@ class LexicalEmbedder(EmbedderBase):
     place = (hashed & np.uint64((1 << 40) - 1)) % np.uint64(self.dimension)
     sums = np.bincount(owner * self.dimension + place.astype(np.int64), weight,
                        minlength=len(texts) * self.dimension).reshape(len(texts), self.dimension)
+    signs = _mix(np.arange(self.dimension, dtype=np.uint64)) >> np.uint64(63)
+    sums[~sums.any(1)] = np.where(signs, 1.0, -1.0)
     return _unit(sums)
 
 

@@ -198,9 +198,10 @@ def test_bad_folders_are_named(tmp_path):
        buckets=st.sets(st.integers(1, 39), max_size=5).map(lambda b: sorted(b | {40})))
 def test_plan_covers_every_text_once_in_few_shapes(lengths, tokens, devices, buckets):
   plan = plan_batches(lengths, buckets, tokens, devices)
-  assert sorted(i for members, _ in plan for i in members) == list(range(len(lengths)))
+  assert sorted(i for members, _ in plan for i in members if i >= 0) == list(range(len(lengths)))
   for members, (rows, length) in plan:
-    assert len(members) <= rows and rows % devices == 0 and length in buckets
+    assert len(members) == rows and rows % devices == 0 and length in buckets
+    members = members[members >= 0]
     assert max(lengths[i] for i in members) <= length
     # No shorter bucket would hold them all, and no text is padded far beyond its own bucket.
     assert all(b >= length for b in buckets if b >= max(lengths[i] for i in members))
@@ -209,6 +210,51 @@ def test_plan_covers_every_text_once_in_few_shapes(lengths, tokens, devices, buc
     assert rows <= max(4, tokens // length, 1) * devices
   shapes = {shape for _, shape in plan}
   assert len(shapes) <= 3 * len(buckets)
+
+
+@settings(deadline=None, max_examples=40)
+@given(lengths=st.lists(st.integers(1, 40), max_size=60), tokens=st.integers(1, 200),
+       devices=st.integers(2, 8))
+def test_each_device_computes_what_one_device_would(lengths, tokens, devices):
+  def per_device(plan, count):
+    parts = [(part.tolist(), (rows // count, length)) for members, (rows, length) in plan
+             for part in members.reshape(count, -1)]
+    return [part for part in parts if set(part[0]) != {-1}]
+  buckets = [8, 16, 40]
+  assert per_device(plan_batches(lengths, buckets, tokens, devices), devices) == per_device(
+      plan_batches(lengths, buckets, tokens), 1)
+
+
+def test_vectors_are_the_same_bits_with_other_threads_and_devices(tmp_path):
+  """A store's bytes may not depend on the machine's load or on who embedded which shard."""
+  code = ("import multiprocessing, os, sys\n"
+          "from retro_jax.retrieval.embedders import BertEmbedder, on_local_devices\n"
+          "def embed(path, threads):\n"
+          "  os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])\n"
+          "  import jax, numpy as np\n"
+          "  words = 'the sea turned and no fishermen reached its harbour before night'.split()\n"
+          "  texts = [' '.join(words[(i * j) % 11] for j in range(i)) for i in range(1, 60)]\n"
+          "  embedder = on_local_devices(BertEmbedder(batch_tokens=256, bucket_lengths=(16, 64)))\n"
+          "  np.save(path, embedder.embed(texts))\n"
+          "  print(jax.device_count())\n"
+          "if __name__ == '__main__':\n"
+          "  worker = multiprocessing.get_context('spawn').Process(\n"
+          "      target=embed, args=(sys.argv[1], int(sys.argv[2])))\n"
+          "  worker.start(); worker.join(); sys.exit(worker.exitcode)\n")
+  (tmp_path / 'embed.py').write_text(code)
+  results = []
+  for threads, devices in [(1, 1), (2, 1), (2, 4)]:
+    path = tmp_path / f'{threads}-{devices}.npy'
+    done = subprocess.run(
+        [sys.executable, tmp_path / 'embed.py', path, str(threads)], check=True, text=True,
+        capture_output=True, cwd=ROOT, timeout=200, env={
+            **os.environ, 'PYTHONPATH': str(ROOT), 'JAX_PLATFORMS': 'cpu',
+            'XLA_FLAGS': f'--xla_force_host_platform_device_count={devices}'})
+    assert done.stdout.split() == [str(devices)]
+    results.append(np.load(path))
+  assert np.abs(results[0]).max() > 0
+  for other in results[1:]:
+    np.testing.assert_array_equal(results[0], other)
 
 
 def test_plan_wastes_little_on_many_texts():
@@ -234,8 +280,10 @@ def slow_lexical(text, embedder):
     value = int(key[0])
     vector[value % 2**40 % embedder.dimension] += (1 if value >> 63 else -1) * math.log(
         1 + times) * (embedder.punctuation_weight if plain else 1)
-  norm = np.linalg.norm(vector)
-  return vector / norm if norm else vector
+  if not vector.any():
+    signs = hashing._mix(np.arange(embedder.dimension, dtype=np.uint64)) >> np.uint64(63)
+    vector = np.where(signs, 1.0, -1.0)
+  return vector / np.linalg.norm(vector)
 
 
 @settings(deadline=None, max_examples=40)
@@ -298,6 +346,13 @@ def test_equal_in_another_process_with_another_hash_seed():
                             capture_output=True, env={**os.environ, 'PYTHONHASHSEED': seed}).stdout
              for seed in ('1', '2')]
   assert outputs[0] == outputs[1] and len(outputs[0]) > 100
+
+
+def test_a_text_without_features_is_near_to_nothing_else():
+  texts = ['the moon is full', 'tides rise and fall with it', 'def read(self): return 1', '', '\n']
+  vectors = LexicalEmbedder().embed(texts)
+  squares = np.sum((vectors[:, None] - vectors) ** 2, -1)
+  assert squares[3, 4] == 0 and (squares[3:, :3] > 1.8).all()
 
 
 def test_known_vectors_stay_what_they_were():
