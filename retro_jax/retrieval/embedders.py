@@ -8,13 +8,15 @@ written in hashing_embedders.py. Each is a frozen dataclass with `.dimension`,
 retro_jax/models/bert.py; storing and searching vectors is elsewhere in this package.
 
 Vectors of a text do not depend on the other texts of a call (BERT: to float tolerance),
-nor on the process. Embedders can be pickled: what they have loaded stays behind.
+nor on the process, its threads or its devices (BERT: same kind of device, same XLA flags).
+Embedders can be pickled: what they have loaded stays behind.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -114,9 +116,10 @@ class BertEmbedder(EmbedderBase):
       for members, shape in plan_batches(
           [len(row) for row in rows], self._buckets, self.batch_tokens, batch_sharding.num_devices):
         tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
-        for i, member in enumerate(members):
-          tokens[i, :len(rows[member])] = rows[member]
-          lengths[i] = len(rows[member])
+        for i in np.flatnonzero(members >= 0):
+          row = rows[members[i]]
+          tokens[i, :len(row)] = row
+          lengths[i] = len(row)
         with jax.set_mesh(batch_sharding.mesh):
           pending.append((members, forward(
               parameters, *jax.device_put((tokens, lengths), batch_sharding))))
@@ -131,9 +134,10 @@ class BertEmbedder(EmbedderBase):
   def _collect(batch: tuple[np.ndarray, Any], start: int, vectors: np.ndarray,
                on_progress: Callable[[int], None] | None) -> None:
     members, result = batch
-    vectors[start + members] = np.asarray(result)[:len(members)]
+    filled = members >= 0
+    vectors[start + members[filled]] = np.asarray(result)[filled]
     if on_progress:
-      on_progress(len(members))
+      on_progress(int(filled.sum()))
 
   def _word_pieces(self, texts: Sequence[str]) -> list[Sequence[int]]:
     texts = [valid_unicode(text) for text in texts]
@@ -281,6 +285,10 @@ def plan_batches(lengths: Sequence[int], buckets: Sequence[int], batch_tokens: i
                  num_devices: int = 1) -> list[tuple[np.ndarray, tuple[int, int]]]:
   """Groups texts by length into batches of few static shapes.
 
+  What one device computes at a time, its shape and its rows, does not depend on how many
+  devices there are: they only do side by side what one does in turn. So a text's vector is the
+  same to the last bit (XLA's matrix products round by shape).
+
   Args:
     lengths: word pieces of each text, each at most the largest bucket.
     buckets: padded lengths, ascending.
@@ -288,14 +296,29 @@ def plan_batches(lengths: Sequence[int], buckets: Sequence[int], batch_tokens: i
     num_devices: rows of every batch are a multiple of this.
 
   Returns:
-    (indices of the texts, (rows, padded length)) for each batch; every text once. Rows are
-    one of three numbers a bucket: full, 4 or 1 for each device.
+    (int64 [rows], the text in each row, -1 for none; (rows, padded length)) for each batch;
+    every text once. Rows are one of three numbers a bucket: full, 4 or 1 for each device.
   """
+  batches = []
+  for shape, alike in itertools.groupby(
+      _one_device_batches(lengths, buckets, batch_tokens), key=lambda batch: batch[1]):
+    members = [members for members, _ in alike]
+    for i in range(0, len(members), num_devices):
+      rows = np.full((num_devices, shape[0]), -1)
+      for row, texts in zip(rows, members[i:i + num_devices]):
+        row[:len(texts)] = texts
+      batches.append((rows.reshape(-1), (num_devices * shape[0], shape[1])))
+  return batches
+
+
+def _one_device_batches(lengths: Sequence[int], buckets: Sequence[int],
+                        batch_tokens: int) -> Iterator[tuple[np.ndarray, tuple[int, int]]]:
+  """(indices of the texts, (rows, padded length)) of each batch, shortest texts first."""
   order = np.argsort(lengths, kind='stable')
   ascending = np.asarray(lengths)[order]
   buckets = np.asarray(buckets)
-  full = lambda bucket: max(1, batch_tokens // int(bucket)) * num_devices
-  batches, start = [], 0
+  full = lambda bucket: max(1, batch_tokens // int(bucket))
+  start = 0
   while start < len(order):
     first = buckets[np.searchsorted(buckets, ascending[start])]
     # The rest of a bucket joins the next ones, up to twice its length, to fill a batch.
@@ -305,7 +328,6 @@ def plan_batches(lengths: Sequence[int], buckets: Sequence[int], batch_tokens: i
         break
     # The last one tried may be larger than its members need.
     bucket = buckets[np.searchsorted(buckets, ascending[start + count - 1])]
-    rows = next(r for r in sorted({num_devices, 4 * num_devices, full(bucket)}) if r >= count)
-    batches.append((order[start:start + count], (rows, int(bucket))))
+    rows = next(r for r in sorted({1, 4, full(bucket)}) if r >= count)
+    yield order[start:start + count], (rows, int(bucket))
     start += count
-  return batches
