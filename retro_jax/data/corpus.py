@@ -24,7 +24,7 @@ _SHARD_BYTES = 64 << 20
 # One file in so many ends a shard early, chosen by its name: a file that is added or removed
 # then moves the borders of its own shard only.
 _FILES_TO_BORDER = 256
-_PLACES_KEPT = 5
+PLACES_KEPT = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Report:
   def skip(self, why: str) -> None:
     """Takes note of something left out; `why` begins with its place."""
     self.skipped += 1
-    if len(self.skipped_places) < _PLACES_KEPT:
+    if len(self.skipped_places) < PLACES_KEPT:
       self.skipped_places.append(why)
 
   def add(self, other: 'Report') -> None:
     """Takes over what another pass found."""
     for field in dataclasses.fields(Report):
       setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
-    del self.skipped_places[_PLACES_KEPT:]
+    del self.skipped_places[PLACES_KEPT:]
 
   def __str__(self) -> str:
     text = (f'{self.documents:,} documents, {self.bytes:,} bytes, {self.empty:,} empty, '

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax import files, storage
+from retro_jax.data import corpus
 from retro_jax.data.chunking import Chunks, chunk_documents
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
@@ -125,7 +126,7 @@ def _make_chunks(
       break
     parts.append(writer.close())
   manifest['parts'] = parts
-  manifest['report'] = {k: v for k, v in vars(shard.report).items() if isinstance(v, int)}
+  manifest['report'] = dict(vars(shard.report))
 
 
 class _ShardWriter:
@@ -517,9 +518,10 @@ def sweep(folder: str | os.PathLike, shards: Sequence[Shard], embeddings: bool) 
   return [str(path.relative_to(folder)) for path in gone]
 
 
-def _sum_reports(reports: Any) -> dict[str, int]:
-  total: dict[str, int] = {}
+def _sum_reports(reports: Any) -> dict[str, Any]:
+  total: dict[str, Any] = {}
   for report in reports:
     for key, value in report.items():
-      total[key] = total.get(key, 0) + value
+      total[key] = total[key] + value if key in total else value
+  total['skipped_places'] = total['skipped_places'][:corpus.PLACES_KEPT]
   return total

@@ -5,6 +5,7 @@ themselves are in database_build.py, sharded_index.py and neighbor_build.py, who
 in stages.py.
 """
 
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -81,10 +82,10 @@ def build_database(
   said = 'current, skipped' if _identity(folder) == before else 'built'
   if runner.leads:
     print(f'database {folder}: {said}; {database_lib.describe(database)}', flush=True)
-    report = database.manifest['report']
     if said == 'built':
-      print(f'database {folder}: ' + ', '.join(
-          f'{value:,} {key}' for key, value in report.items() if value), flush=True)
+      known = {field.name for field in dataclasses.fields(source.report)}
+      found = {k: v for k, v in database.manifest['report'].items() if k in known}
+      print(f'database {folder}: {type(source.report)(**found)}', flush=True)
   return database
 
 
