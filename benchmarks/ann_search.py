@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.retrieval.exact import (
-    ExactPart, array_blocks, exact_search, squared_distances)
+from retro_jax.retrieval.exact import ExactPart, array_blocks, exact_search, squared_distances
 from retro_jax.retrieval.index import IndexConfig, build_part, latency, load_part
 from retro_jax.retrieval.scann_part import ScannPart
 
@@ -264,7 +263,8 @@ def seconds_at_recall(points: list[Point], recall: float) -> float | None:
 def table(result: dict[str, Any]) -> str:
   """The points as a Markdown table."""
   lines = [f'| system | setting | recall@{result["k"]} | queries / CPU s | of flat | '
-           'one query, CPU ms | bytes / vector | build, CPU s |', '|---|---|---|---|---|---|---|---|']
+           'one query, CPU ms | bytes / vector | build, CPU s |',
+           '|---|---|---|---|---|---|---|---|']
   flat = result['points'][0]['queries_per_cpu_second']
   for p in result['points']:
     more = ' + embeddings' if p['reads_stored_embeddings'] else ''

@@ -76,7 +76,7 @@ def start(folder: Path, settings: Sequence[str]) -> subprocess.Popen:
 
 def kill_often(folder: Path, settings: Sequence[str], kills: int, seconds: float,
                rng: random.Random) -> int:
-  """Kills the build `kills` times, starting over when it gets to its end before; then lets it end."""
+  """Kills the build `kills` times, starting over when it got to its end; then lets it end."""
   struck = 0
   while struck < kills:
     process = start(folder, settings)

@@ -82,7 +82,8 @@ def measure(folder: Path, source: Any, vocabulary: Vocabulary, size: int) -> dic
   }
   opened = ChunkDatabase.open(database)
   cost['search']['queries'] = QUERIES
-  on_disk = {'chunk': bytes_under(database / 'chunks'), 'embed': bytes_under(database / 'embeddings'),
+  on_disk = {'chunk': bytes_under(database / 'chunks'),
+             'embed': bytes_under(database / 'embeddings'),
              'index': bytes_under(index), 'search': 0,
              'records': bytes_under(folder / f'examples-{size}')}
   for stage, number in on_disk.items():
@@ -209,7 +210,8 @@ def extrapolated(rows: list[dict[str, Any]]) -> dict[str, str]:
       # A part costs the same whatever is beside it, and there are N / vectors_per_part of them.
       parts = PAPER_CHUNKS / IndexConfig().vectors_per_part
       per_query = cost['cpu_seconds'] / QUERIES / last['parts'] * parts
-      result['search'] = f'{per_query:,.1f} CPU seconds a query over {parts:,.0f} parts of today\'s size'
+      result['search'] = (
+          f'{per_query:,.1f} CPU seconds a query over {parts:,.0f} parts of today\'s size')
       continue
     seconds = cost['cpu_seconds'] * (PAPER_CHUNKS / last['chunks']) ** max(1.0, grown)
     size = cost['disk_bytes'] / last['chunks'] * PAPER_CHUNKS
@@ -220,9 +222,9 @@ def extrapolated(rows: list[dict[str, Any]]) -> dict[str, str]:
 
 def picture(path: str, rows: list[dict[str, Any]]) -> None:
   """CPU seconds and peak memory by size."""
-  import matplotlib  # pylint: disable=import-outside-toplevel
+  import matplotlib
   matplotlib.use('Agg')
-  import matplotlib.pyplot as plt  # pylint: disable=import-outside-toplevel
+  import matplotlib.pyplot as plt
   figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
   sizes = [row['chunks'] for row in rows]
   for stage in rows[0]['stages']:

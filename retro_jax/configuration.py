@@ -20,7 +20,6 @@ from typing import Any
 
 import gin
 from gin import config as gin_config
-
 from retro_jax.errors import EXIT_CODE, UserError, nearest
 
 USAGE = """usage: {program} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]

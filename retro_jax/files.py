@@ -241,7 +241,7 @@ def write_bytes(path: Location, data: bytes) -> None:
   """Writes a whole file; readers see the old one or the new one, never a part."""
   if not is_remote(path):
     # storage.py builds on this module.
-    from retro_jax import storage  # pylint: disable=import-outside-toplevel
+    from retro_jax import storage
     with storage.atomic_file(path, 'wb') as f:
       f.write(data)
     return
@@ -393,7 +393,7 @@ def _explained(path: Location, doing: str) -> Iterator[Any]:
     except OSError as error:
       raise explain(error, path, doing) from error
     return
-  import tensorflow as tf  # pylint: disable=import-outside-toplevel
+  import tensorflow as tf
   try:
     yield tf.io.gfile
   except (tf.errors.OpError, OSError) as error:

@@ -21,7 +21,11 @@ from retro_jax.progress import duration
 from retro_jax.retrieval import pipeline, planning, stages
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import (
-    BertEmbedder, LexicalEmbedder, RandomEmbedder, on_local_devices)
+  BertEmbedder,
+  LexicalEmbedder,
+  RandomEmbedder,
+  on_local_devices,
+)
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
 from retro_jax.retrieval.policies import PolicyConfig

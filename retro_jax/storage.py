@@ -325,7 +325,7 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     with _remote_lock(path, holder):
       yield
     return
-  import fcntl  # pylint: disable=import-outside-toplevel  # not on every system
+  import fcntl  # not on every system
   with _explained(folder):
     Path(folder).mkdir(parents=True, exist_ok=True)
     while True:

@@ -1,4 +1,4 @@
-"""Eight fake CPU devices for every test, set before anything imports jax; few examples, no deadline.
+"""Eight fake CPU devices for every test, set before anything imports jax; no deadlines.
 
 XLA optimizes less than by default: tests compile many small programs and run each a few
 times, and without LLVM's passes that takes half the time. Flags that are already set win.

@@ -36,7 +36,8 @@ def test_files_macros_and_command_line_compose(resolve):
   job = resolve('--gin.RUN_DIR=runs/a', '--gin.RetroConfig.num_layers=15', '--gin.WIDTH=32')
   assert (job.run_dir, job.model.d_model, job.model.num_layers, job.model.num_heads) == (
       'runs/a', 32, 15, 2)
-  assert type(job.model) is RetroConfig and dataclasses.asdict(job)['data']['train'] == {'examples': 1.0}
+  assert type(job.model) is RetroConfig
+  assert dataclasses.asdict(job)['data']['train'] == {'examples': 1.0}
 
 
 def test_plain_strings_need_no_quotes_and_quoted_ones_keep_working(resolve):
@@ -49,8 +50,10 @@ def test_plain_strings_need_no_quotes_and_quoted_ones_keep_working(resolve):
     ((), ['RUN_DIR', 'required', '--gin.RUN_DIR=']),
     (('--gin.RUN_DIR=x', '--gin.WIDHT=3'), ['WIDHT', "did you mean 'WIDTH'"]),
     (('--gin.RUN_DIR=x', '--gin.RetroConfig.d_modle=3'), ['d_modle', "did you mean 'd_model'"]),
-    (('--gin.RUN_DIR=x', '--gin.RetroConfg.d_model=3'), ['RetroConfg', "did you mean 'RetroConfig'"]),
-    (('--gin.RUN_DIR=x', '--gin.OptimizerConfig.beta1=0.5'), ['OptimizerConfig.beta1', 'no OptimizerConfig']),
+    (('--gin.RUN_DIR=x', '--gin.RetroConfg.d_model=3'),
+     ['RetroConfg', "did you mean 'RetroConfig'"]),
+    (('--gin.RUN_DIR=x', '--gin.OptimizerConfig.beta1=0.5'),
+     ['OptimizerConfig.beta1', 'no OptimizerConfig']),
     (('--gin.RUN_DIR=x', '--gin.RetroConfig.num_layers=3'), ['cca_layers', '1 to 3']),
     (('--gin.RUN_DIR=x', '--gin.RetroConfig.dtype=float8'), ['dtype', 'bfloat16']),
 ])
@@ -95,4 +98,5 @@ def test_dry_run_prints_the_resolved_configuration_and_stops(tmp_path, capsys):
   configuration.main(TrainJob, lambda job: pytest.fail('must not run'), CONFIGURABLES,
                      [f'--gin_file={file}', '--gin.RUN_DIR=runs/a', '--dry_run'])
   printed = capsys.readouterr().out
-  assert "run_dir = 'runs/a'" in printed and 'd_model = 64' in printed and 'peak_learning_rate' in printed
+  assert "run_dir = 'runs/a'" in printed and 'd_model = 64' in printed
+  assert 'peak_learning_rate' in printed

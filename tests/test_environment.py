@@ -1,4 +1,4 @@
-"""The whole pinned set in one process, in a fresh interpreter: what breaks first when a pin moves."""
+"""The whole pinned set in one fresh process: what breaks first when a pin moves."""
 
 import re
 import subprocess

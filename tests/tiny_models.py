@@ -23,7 +23,7 @@ def tiny(**changes) -> RetroConfig:
 
 
 def parameters(config: RetroConfig, seed: int = 0) -> dict[str, np.ndarray]:
-  """Random values of every parameter: biases and norm scales too, which a fresh model has at 0 and 1."""
+  """Random values of every parameter; biases and norm scales too, fresh ones being 0 and 1."""
   shapes = jax.eval_shape(lambda: retro.init_parameters(config, jax.random.key(0)))
   rng = np.random.default_rng(seed)
   result = {}

@@ -16,7 +16,11 @@ from retro_jax.retrieval import pipeline, planning
 from retro_jax.retrieval.bm25 import Bm25Config
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import (
-    BertEmbedder, LexicalEmbedder, RandomEmbedder, on_local_devices)
+  BertEmbedder,
+  LexicalEmbedder,
+  RandomEmbedder,
+  on_local_devices,
+)
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
 from retro_jax.retrieval.policies import PolicyConfig

@@ -49,7 +49,7 @@ def model(name: str) -> RetroConfig:
 
 
 def count(config: RetroConfig) -> dict[str, int]:
-  """Parameters by kind: `non_embedding`, `vectors`, `embedding`, `encoder_embedding`; adds up to all."""
+  """Parameters by kind, adding up to all: matrices, `vectors`, the two embedding tables."""
   shapes = jax.eval_shape(lambda: retro.init_parameters(config, jax.random.key(0)))
   sizes = {name: math.prod(leaf.shape) for name, leaf in shapes.items()}
   embedding = sizes.pop('embedding.table')

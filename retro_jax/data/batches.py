@@ -109,7 +109,7 @@ def batches(
   Raises:
     UserError: no such task or split, no examples, or a damaged record.
   """
-  from retro_jax.data import tasks  # pylint: disable=import-outside-toplevel
+  from retro_jax.data import tasks
   providers, rates = tasks.parts(name, split)
   sizes = [len(task.source.examples[split]) for task in providers]
   order = ExampleOrder(sizes, rates, seed, shuffle)
@@ -141,7 +141,7 @@ def evaluation_batches(
   Raises:
     UserError: as `batches`, and a mixture, which has no order to go through once.
   """
-  from retro_jax.data import tasks  # pylint: disable=import-outside-toplevel
+  from retro_jax.data import tasks
   providers, _ = tasks.parts(name, split)
   if len(providers) > 1:
     raise UserError(f'{name!r} is a mixture; evaluate its tasks '
@@ -160,8 +160,9 @@ def evaluation_batches(
 
 def _iterate(name: str, split: str, stream: Any, rows: int, prefetch: int) -> Iterator[Batch]:
   """Runs (source, example) pairs through seqio; `stream()` starts them anew."""
-  import tensorflow as tf  # pylint: disable=import-outside-toplevel
-  from retro_jax.data import features, tasks  # pylint: disable=import-outside-toplevel
+  import tensorflow as tf
+
+  from retro_jax.data import features, tasks
   providers, _ = tasks.parts(name, split)
   facts = tasks.info(name)
   lengths = features.task_feature_lengths(facts.sequence_length, facts.chunk_length)
@@ -200,7 +201,7 @@ class _Iterator(Iterator[Batch]):
     self._running.add(self)
 
   def __next__(self) -> Batch:
-    import tensorflow as tf  # pylint: disable=import-outside-toplevel
+    import tensorflow as tf
     if self._iterator is None:
       raise StopIteration
     try:

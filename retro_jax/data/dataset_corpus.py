@@ -10,7 +10,15 @@ from typing import Any
 
 from retro_jax import files
 from retro_jax.data.corpus import (
-    Document, Report, chain, decode_utf8, describe_shards, report_field, require_text, reset)
+  Document,
+  Report,
+  chain,
+  decode_utf8,
+  describe_shards,
+  report_field,
+  require_text,
+  reset,
+)
 from retro_jax.data.input_files import InputFile
 from retro_jax.errors import UserError, nearest
 from retro_jax.storage import fingerprint
@@ -64,7 +72,7 @@ class TfdsDocuments:
 
   def builder(self) -> Any:
     """The `tfds.core.DatasetBuilder`, which has the split and the fields."""
-    import tensorflow_datasets as tfds  # pylint: disable=import-outside-toplevel
+    import tensorflow_datasets as tfds
     try:
       builder = tfds.builder(self.name, data_dir=self.data_dir)
     except (tfds.core.registered.DatasetNotFoundError, ValueError) as error:
@@ -114,7 +122,7 @@ class TfdsShard:
     return sum(file.bytes for file in self.files)
 
   def documents(self) -> Iterator[Document]:
-    import tensorflow_datasets as tfds  # pylint: disable=import-outside-toplevel
+    import tensorflow_datasets as tfds
     for file in self.files:
       file.refuse_if_changed()
     builder = self.source.builder()
@@ -197,7 +205,7 @@ class SeqioDocuments:
     return tuple(_input_file(path) for path in paths)
 
   def _task(self) -> Any:
-    import seqio  # pylint: disable=import-outside-toplevel
+    import seqio
     names = list(seqio.TaskRegistry.names())
     if self.task not in names:
       raise UserError(f'{self.task}: no such seqio task{nearest(self.task, names)}; '

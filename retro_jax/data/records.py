@@ -1,10 +1,10 @@
 """Training examples on disk: TFRecords of one constant length, reached by number.
 
 Each shard holds two files of equal order: `examples.tfrecord` with the tokens of sequences,
-`neighbors.tfrecord` with what their chunks retrieved. Every record is a tf.train.Example whose features
-are little-endian arrays of fixed size, so that record i of a shard lies at i times the
-record size, and any TFRecord reader understands the files all the same. No TensorFlow
-here; seqio is in tasks.py, the order of examples in batches.py.
+`neighbors.tfrecord` with what their chunks retrieved. Every record is a tf.train.Example
+whose features are little-endian arrays of fixed size, so that record i of a shard lies at
+i times the record size, and any TFRecord reader understands the files all the same. No
+TensorFlow here; seqio is in tasks.py, the order of examples in batches.py.
 """
 
 import dataclasses

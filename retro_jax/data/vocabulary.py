@@ -195,7 +195,7 @@ class Vocabulary:
 
   def seqio(self) -> Any:
     """A `seqio.SentencePieceVocabulary` over the same file (it encodes U+2581 as a space)."""
-    import seqio  # pylint: disable=import-outside-toplevel
+    import seqio
     return seqio.SentencePieceVocabulary(self.path)
 
 

@@ -244,7 +244,7 @@ class _Seen:
 
   def _compare(self, chunks: Chunks) -> None:
     """Each chunk with its nearest neighbour of another document."""
-    stored, m = self._stored, chunks.tokens.shape[1]
+    m = chunks.tokens.shape[1]
     own = self._policy.own_documents(chunks.documents[:, None])
     other = self._policy.allowed(chunks.ids, own, chunks.neighbor_ids, count=False)
     place = np.argmax(other, -1)[:, None]

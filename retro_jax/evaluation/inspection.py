@@ -15,7 +15,10 @@ from retro_jax.errors import UserError, nearest
 from retro_jax.evaluation.chunk_samples import Chunks, StoredChunks
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.overlap import (
-    common_substring_spans, longest_common_prefix, longest_common_substring)
+  common_substring_spans,
+  longest_common_prefix,
+  longest_common_substring,
+)
 
 # Shorter common runs of tokens are chance (spaces, brackets, frequent words).
 SHORTEST_RUN = 3

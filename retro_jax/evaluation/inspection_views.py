@@ -14,7 +14,13 @@ from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.evaluation import html_page
 from retro_jax.evaluation.html_page import text
 from retro_jax.evaluation.inspection import (
-    SHORTEST_RUN, InspectedChunk, InspectedNeighbor, Shared, kinds_of_chunks, kinds_of_neighbor)
+  SHORTEST_RUN,
+  InspectedChunk,
+  InspectedNeighbor,
+  Shared,
+  kinds_of_chunks,
+  kinds_of_neighbor,
+)
 from retro_jax.evaluation.visible import visible
 
 # Select Graphic Rendition (ECMA-48): colours of the background with black on them, underlined.

@@ -5,7 +5,6 @@ activations of the chunk that retrieved it. Neighbours meet only inside CCA.
 """
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.models.attention import RelativeAttention

@@ -27,7 +27,14 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval import database as database_lib
 from retro_jax.retrieval import stages
 from retro_jax.retrieval.database import (
-    CHUNKS_KIND, EMBEDDINGS_KIND, FORMAT_VERSION, IDS_KIND, KIND, ChunkDatabase, Shard)
+  CHUNKS_KIND,
+  EMBEDDINGS_KIND,
+  FORMAT_VERSION,
+  IDS_KIND,
+  KIND,
+  ChunkDatabase,
+  Shard,
+)
 
 _COLUMNS = ('tokens', 'valid_length', 'text_bytes', 'document')
 # An embedder sorts these by length; more texts waste less padding.

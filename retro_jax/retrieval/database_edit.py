@@ -19,8 +19,7 @@ from retro_jax import files, storage
 from retro_jax.errors import UserError
 from retro_jax.retrieval import database as database_lib
 from retro_jax.retrieval import database_build, stages
-from retro_jax.retrieval.database import (
-    CHUNKS_KIND, EMBEDDINGS_KIND, REMOVED, ChunkDatabase, Shard)
+from retro_jax.retrieval.database import CHUNKS_KIND, EMBEDDINGS_KIND, REMOVED, ChunkDatabase, Shard
 
 _COMPACTED, _COMPACTED_KIND = 'compacted', 'compacted-input'
 

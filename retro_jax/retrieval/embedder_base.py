@@ -1,8 +1,8 @@
 """What every embedder offers, and what all of them share. The embedders: embedders.py."""
 
-from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np

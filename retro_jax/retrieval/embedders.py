@@ -12,12 +12,12 @@ nor on the process, its threads or its devices (BERT: same kind of device, same 
 Embedders can be pickled: what they have loaded stays behind.
 """
 
-from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import importlib.util
 import itertools
 import json
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -240,6 +240,7 @@ class BertEmbedder(EmbedderBase):
     """Parameters on the devices, the batch's sharding, and the jitted forward pass."""
     import jax
     import jax.numpy as jnp
+
     from retro_jax.models import bert
 
     self._tokenizer  # An unfit tokenizer is worth knowing before the weights are read.

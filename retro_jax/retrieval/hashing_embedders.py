@@ -4,10 +4,10 @@ Both hash with functions of their own, equal in every process and on every machi
 are vectorised over blocks of texts. Use them through retro_jax/retrieval/embedders.py.
 """
 
-from collections.abc import Callable, Sequence
 import dataclasses
 import hashlib
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,8 +25,8 @@ class LexicalEmbedder(EmbedderBase):
   Features are words (runs of \w, or single punctuation marks), sequences of them up to
   `word_ngrams` long and character n-grams. A feature's hash picks one of
   `dimension` places and a sign (so that collisions cancel on average); it counts
-  log(1 + times in the text). Vectors have unit length. Texts without features share one direction of
-  their own: zeros would be nearer to every text than most texts are to each other.
+  log(1 + times in the text). Vectors have unit length. Texts without features share one
+  direction of their own: zeros would be nearer to every text than most texts are to each other.
 
   Attributes:
     dimension: of the vectors.

@@ -185,7 +185,8 @@ def plan_part(size: int, dimension: int, config: IndexConfig) -> PartPlan:
         f'memory_gib is {config.memory_gib:g}; set IndexConfig.vectors_per_part to {fits:,} or '
         'less, or memory_gib higher')
   return PartPlan('scann', size, dimension, settings, tuned, memory, resident,
-                  settings.bytes_on_disk(size, dimension), _build_seconds(size, dimension, settings))
+                  settings.bytes_on_disk(size, dimension),
+                  _build_seconds(size, dimension, settings))
 
 
 def _settings(size: int, dimension: int, config: IndexConfig) -> tuple[ScannSettings, bool]:
@@ -326,7 +327,7 @@ def load_part(folder: Path, facts: dict[str, Any], vectors: Any, threads: int = 
   if facts['search'] == 'exact':
     return ExactPart(vectors)
   if facts['search'] == 'mesh':
-    from retro_jax.retrieval import mesh_search  # pylint: disable=import-outside-toplevel
+    from retro_jax.retrieval import mesh_search
     return mesh_search.MeshSearch(
         mesh_search.all_devices(), vectors, approximate=facts['settings']['approximate'])
   return scann_part.load(folder, ScannSettings(**facts['settings']), vectors, threads)

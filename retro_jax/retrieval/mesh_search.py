@@ -11,8 +11,14 @@ from typing import Any
 import numpy as np
 
 from retro_jax.retrieval.exact import (
-    array_blocks, check_queries, exact_search, joined, nearest_first, product_slack,
-    squared_distances)
+  array_blocks,
+  check_queries,
+  exact_search,
+  joined,
+  nearest_first,
+  product_slack,
+  squared_distances,
+)
 
 # Candidates beyond k, for what rounding of the product may have swapped.
 _SPARE = 16

@@ -98,7 +98,7 @@ def signatures(store: ChunkDatabase, first: int, last: int, ngram: int = 13,
   Returns:
     uint32 [last - first, num_perm], and how many n-grams each document has, int64.
   """
-  from datasketch import MinHash  # pylint: disable=import-outside-toplevel
+  from datasketch import MinHash
   # The n-grams are hashes already: their upper halves are numbers as datasketch wants them.
   empty = MinHash(num_perm=num_perm, seed=seed, hashfunc=int)
   result = np.empty((last - first, num_perm), np.uint32)
@@ -118,7 +118,7 @@ def lsh_shape(threshold: float, num_perm: int) -> tuple[int, int]:
 
   Of 128 permutations for a threshold of 0.8: 0.986 at 0.8, 0.999 at 0.85.
   """
-  from datasketch import MinHashLSH  # pylint: disable=import-outside-toplevel
+  from datasketch import MinHashLSH
   # Towards 1 the optimiser ends at a single band, which it refuses.
   lsh = MinHashLSH(threshold=min(threshold, 0.95), num_perm=num_perm, weights=_WEIGHTS)
   return lsh.b, lsh.r

@@ -187,8 +187,8 @@ def prepared(
     if rerank_folder is not None:
       rerank = Index.open(rerank_folder, database)
       if rerank.method != 'bm25' or index.method == 'bm25':
-        raise UserError(f'{rerank_folder}: candidates of a {index.method} index are to be re-ranked '
-                        f'by a {rerank.method} one; expected vectors and bm25')
+        raise UserError(f'{rerank_folder}: candidates of a {index.method} index are to be '
+                        f're-ranked by a {rerank.method} one; expected vectors and bm25')
   handle = lambda thing: thing and Handle(str(thing.location), thing.fingerprint)
   retrieval = Retrieval(
       str(folder), handle(queries), handle(database), handle(index), handle(rerank), config,

@@ -13,7 +13,12 @@ import numpy as np
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import (
-    array_blocks, check_queries, joined, nearest_first, squared_distances)
+  array_blocks,
+  check_queries,
+  joined,
+  nearest_first,
+  squared_distances,
+)
 
 STORAGE_BYTES = {'float32': 4, 'bfloat16': 2, 'int8': 1}
 _FOLDER = 'scann'
@@ -185,7 +190,7 @@ def same_length(vectors: Any) -> bool:
 def _scann() -> tuple[Any, Any]:
   """The package's builder module and its enumeration of storages."""
   try:
-    # pylint: disable=import-outside-toplevel
+
     from scann import scann_ops_pybind
     from scann.scann_ops.py.scann_builder import ReorderType
   except ImportError as error:

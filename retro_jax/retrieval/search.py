@@ -41,7 +41,7 @@ class Neighbors:
 def sequence_chunk_ids(
     num_chunks: int, chunks_per_sequence: int, first: int = 0, last: int | None = None
 ) -> np.ndarray:
-  """Chunks of training sequences [first, last): consecutive ones, int64 [s, l], -1 after the end."""
+  """Chunks of training sequences [first, last), consecutive; int64 [s, l], -1 after the end."""
   count = -(-num_chunks // chunks_per_sequence)
   last = count if last is None else min(last, count)
   ids = np.arange(first * chunks_per_sequence, last * chunks_per_sequence, dtype=np.int64)

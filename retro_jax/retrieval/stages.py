@@ -177,9 +177,8 @@ class BeamRunner:
 
   def run(self, label: str, tasks: Sequence[Task], unit: str = 'tasks') -> int:
     """See `Runner.run`; progress is shown where the Beam runner shows it."""
-    import apache_beam as beam  # pylint: disable=import-outside-toplevel
-    from apache_beam.options.pipeline_options import (  # pylint: disable=import-outside-toplevel
-        PipelineOptions)
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
     todo = pending(tasks)
     if not todo:
       return 0
@@ -221,7 +220,7 @@ class DistributedRunner:
   @functools.cached_property
   def _joined(self) -> tuple[int, int]:
     """(this process, how many there are), after joining the job."""
-    import jax  # pylint: disable=import-outside-toplevel
+    import jax
     if not jax.distributed.is_initialized():
       jax.distributed.initialize(
           self.coordinator or None,
@@ -251,7 +250,7 @@ class DistributedRunner:
 
   def wait(self, name: str) -> None:
     """Until every process has come here."""
-    from jax.experimental import multihost_utils  # pylint: disable=import-outside-toplevel
+    from jax.experimental import multihost_utils
     assert self._joined
     multihost_utils.sync_global_devices(name)
 

@@ -13,11 +13,11 @@ checkpoint was trained with, in few places, and texts with one of those go to th
 Which embedders use it is the business of embedders.py.
 """
 
-from collections.abc import Sequence
 import functools
 import json
-from typing import Any
 import unicodedata
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 

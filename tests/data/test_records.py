@@ -56,7 +56,7 @@ def test_round_trip_in_any_order(tmp_path_factory, seed, m, l, k, count, per_sha
 
 
 def test_tensorflow_reads_the_same_and_every_record_has_one_length(tmp_path):
-  import tensorflow as tf  # pylint: disable=import-outside-toplevel
+  import tensorflow as tf
   rng = np.random.default_rng(0)
   shape = records.ExampleShape(192, 64, 3, '<u2')
   pairs = [random_pair(rng, shape) for _ in range(5)]

@@ -1,4 +1,4 @@
-"""A full disk, a limit on file sizes, a place where nobody may write: one line, nothing half-written."""
+"""A full disk, a limit on sizes, a place nobody may write to: one line, nothing half-written."""
 
 import os
 import resource

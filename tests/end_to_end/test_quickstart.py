@@ -74,7 +74,8 @@ def test_the_whole_path(run_quickstart, capsys):
 def _export_evaluate_generate(run, results, capsys):
   export_model(run / 'retro', run / 'vocabulary.model', run / 'exported', {'trained_on': 'a test'})
   configuration.main(EvaluateJob, evaluate, EVALUATE_CONFIGURABLES, [
-      '--gin_file=gin/runs/evaluate.gin', f'--gin.OUTPUT={run}/evaluated', f'--gin.RETRO={run}/exported',
+      '--gin_file=gin/runs/evaluate.gin', f'--gin.OUTPUT={run}/evaluated',
+      f'--gin.RETRO={run}/exported',
       f'--gin.BASELINE={run}/baseline', f'--gin.EXAMPLES={run}/examples/test',
       f'--gin.RANDOM_EXAMPLES={run}/examples/test_random'])
   again = json.loads((run / 'evaluated' / 'results.json').read_text())['bits_per_byte']
@@ -117,11 +118,13 @@ def _mistakes(run, capsys):
 def test_an_empty_corpus_and_lengths_that_do_not_fit_are_refused(run_quickstart, tmp_path, capsys):
   (tmp_path / 'empty').mkdir()
   with pytest.raises(SystemExit) as stop:
-    run_quickstart(f'--gin.RUN_DIR={tmp_path}/run', f"--gin.PythonLibrary.roots=('{tmp_path}/empty',)")
+    run_quickstart(f'--gin.RUN_DIR={tmp_path}/run',
+                   f"--gin.PythonLibrary.roots=('{tmp_path}/empty',)")
   lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
   assert stop.value.code == 2 and len(lines) == 1 and 'empty' in lines[0]
   with pytest.raises(SystemExit) as stop:
     run_quickstart(f'--gin.RUN_DIR={tmp_path}/run', '--gin.SEQUENCE_LENGTH=60')
   lines = [x for x in capsys.readouterr().err.splitlines() if x.startswith('error: ')]
-  assert stop.value.code == 2 and 'sequence_length is 60, no multiple of chunk_length 16' in lines[0]
+  assert stop.value.code == 2
+  assert 'sequence_length is 60, no multiple of chunk_length 16' in lines[0]
   assert not (tmp_path / 'run' / 'examples').exists()

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retro_jax.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from retro_jax.errors import UserError

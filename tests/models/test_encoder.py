@@ -29,7 +29,8 @@ def inputs(config, seed, chunks=3, documents=True):
 
 def run(config, batch, h, embedded):
   by_chunk = lambda x: x.reshape(len(x), -1, config.chunk_length, *x.shape[2:])
-  return np.asarray(make(config)[0](embedded, batch.mask, by_chunk(h), by_chunk(batch.segments != 0)))
+  encoder = make(config)[0]
+  return np.asarray(encoder(embedded, batch.mask, by_chunk(h), by_chunk(batch.segments != 0)))
 
 
 @pytest.mark.parametrize('m, r, layers, conditioned, documents', [

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from retro_jax.data.corpus import Document, JsonLines
 from retro_jax.errors import UserError
+from retro_jax.retrieval import pipeline, stages
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.database_build import DatabaseConfig, build_chunk_database
-from retro_jax.retrieval import pipeline, stages
 from tests import worlds
 
 FEW = settings(max_examples=12, deadline=None)

@@ -218,7 +218,7 @@ def test_a_flipped_byte_in_a_record_stops_the_reader(whole):
 
 
 def again_open(folder):
-  from retro_jax.data.records import Examples  # pylint: disable=import-outside-toplevel
+  from retro_jax.data.records import Examples
   return Examples(folder / 'x')
 
 

@@ -11,19 +11,24 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from hypothesis import given, settings, strategies as st
 import jax
 import numpy as np
 import pytest
 import tokenizers
 from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from retro_jax.errors import UserError
 from retro_jax.models import bert
 from retro_jax.retrieval import hashing_embedders as hashing
-from retro_jax.retrieval.embedders import (BertEmbedder, LexicalEmbedder, RandomEmbedder,
-                                           plan_batches)
+from retro_jax.retrieval.embedders import (
+  BertEmbedder,
+  LexicalEmbedder,
+  RandomEmbedder,
+  plan_batches,
+)
 
 ROOT = Path(__file__).parents[2]
 WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', 'a', 'bird', 'sings', 'un', '##sung', '.', 'in']
@@ -399,8 +404,9 @@ def test_impossible_settings_are_refused(make):
 
 
 def test_spread_over_the_local_devices_it_is_the_same_embedder():
-  import jax  # pylint: disable=import-outside-toplevel
-  from retro_jax.retrieval.embedders import on_local_devices  # pylint: disable=import-outside-toplevel
+  import jax
+
+  from retro_jax.retrieval.embedders import on_local_devices
   one = BertEmbedder()
   many = on_local_devices(one)
   assert many.mesh.devices.size == len(jax.local_devices()) > 1

@@ -7,7 +7,12 @@ from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.exact import (
-    ExactPart, check_queries, exact_search, nearest_first, squared_distances)
+  ExactPart,
+  check_queries,
+  exact_search,
+  nearest_first,
+  squared_distances,
+)
 
 
 def slow_search(queries, vectors, k, forbidden=None):

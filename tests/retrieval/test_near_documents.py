@@ -9,7 +9,12 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.database_build import DatabaseConfig, build_chunk_database
 from retro_jax.retrieval.near_documents import (
-    document_ngrams, documents_near, lsh_shape, near_document_pairs, signatures)
+  document_ngrams,
+  documents_near,
+  lsh_shape,
+  near_document_pairs,
+  signatures,
+)
 from tests import worlds
 
 PAIRS = 100

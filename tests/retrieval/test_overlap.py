@@ -9,7 +9,10 @@ from hypothesis import strategies as st
 
 from benchmarks.overlap import brute_force
 from retro_jax.retrieval.overlap import (
-    common_substring_spans, longest_common_prefix, longest_common_substring)
+  common_substring_spans,
+  longest_common_prefix,
+  longest_common_substring,
+)
 
 
 def adversarial(rng: np.random.Generator, m: int, r: int) -> tuple[np.ndarray, np.ndarray]:

@@ -8,9 +8,13 @@ from hypothesis import strategies as st
 from retro_jax.errors import UserError
 from retro_jax.retrieval.index import IndexConfig
 from retro_jax.retrieval.policies import Policy, PolicyConfig
-from retro_jax.retrieval.sharded_index import build_index
 from retro_jax.retrieval.search import (
-    check_same_space, neighbors_of_sequences, random_neighbors, sequence_chunk_ids)
+  check_same_space,
+  neighbors_of_sequences,
+  random_neighbors,
+  sequence_chunk_ids,
+)
+from retro_jax.retrieval.sharded_index import build_index
 from tests import worlds
 
 FEW = settings(max_examples=12, deadline=None)

@@ -1,6 +1,5 @@
 """Who runs the tasks does not show in what they leave; failures are one line and lose nothing."""
 
-import functools
 import multiprocessing
 import os
 import subprocess
@@ -8,14 +7,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import retro_jax
 from retro_jax import storage
 from retro_jax.errors import UserError
 from retro_jax.retrieval import stages
-from tests.stage_functions import die, hold, refuse, squares_tasks as tasks
+from tests.stage_functions import die, hold, refuse
+from tests.stage_functions import squares_tasks as tasks
 
 ROOT = Path(retro_jax.__file__).parents[1]
 BEAM = stages.BeamRunner(('--runner=DirectRunner', '--direct_running_mode=multi_processing',

@@ -3,11 +3,11 @@
 import functools
 import sys
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import numpy as np
 import pytest
 import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retro_jax.retrieval.embedders import BertEmbedder
 from retro_jax.retrieval.word_pieces import WordPieces, is_plain_bert

@@ -169,7 +169,8 @@ def test_another_order_of_the_data_is_refused(runs, folder, change, message):
 
 
 @pytest.mark.parametrize('changes, message', [
-    (dict(chunk_length=4, retrieved_length=16), 'chunks of 8 tokens, but RetroConfig.chunk_length = 4'),
+    (dict(chunk_length=4, retrieved_length=16),
+     'chunks of 8 tokens, but RetroConfig.chunk_length = 4'),
     (dict(retrieved_length=8), 'neighbours of 16 tokens, but RetroConfig.retrieved_length = 8'),
     (dict(vocab_size=64), 'RetroConfig.vocab_size = 64'),
     (dict(num_neighbors=4), '3 neighbo')])
