@@ -6,6 +6,7 @@ from 1, as in the paper (arXiv 2112.04426, sections 2.3, 2.4 and B.1.2). What th
 open follows docs/decisions.md: pre-norm, Transformer-XL biases, scale 1/sqrt(c), masks.
 """
 
+import cmath
 import math
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,10 +35,10 @@ def position_vector(distance: int, width: int) -> np.ndarray:
 def attention(
     p: Parameters, x: np.ndarray, context: np.ndarray, may_read: Callable[[int, int], bool],
     distance: Callable[[int, int], int]) -> np.ndarray:
-  """CA of equation 4 with many heads and the positional logits of B.1.2.
+  """CA of equation 4 with many heads and the positional logits of B.1.2, or rotary positions.
 
   Args:
-    p: query, key, value, relative, output, content_bias, position_bias.
+    p: query, key, value, output; relative, content_bias, position_bias unless rotary.
     x: rows that ask, [q, d].
     context: rows that are read, [s, d_context].
     may_read: whether row i reads row j, both from 1.
@@ -47,7 +48,7 @@ def attention(
     [q, d]; a row that may read nothing is 0.
   """
   result = np.zeros_like(x)
-  heads, c = p['content_bias'].shape
+  heads, c = p['query'].shape[1:]
   positions = {}
   for i in range(1, len(x) + 1):
     readable = [j for j in range(1, len(context) + 1) if may_read(i, j)]
@@ -59,6 +60,9 @@ def attention(
       for j in readable:
         key = context[j - 1] @ p['key'][:, h]
         at = distance(i, j)
+        if 'relative' not in p:
+          logits.append(rotary_logit(q, key, at) / math.sqrt(c))
+          continue
         if (at, h) not in positions:
           positions[at, h] = position_vector(at, x.shape[1]) @ p['relative'][:, h]
         content = (q + p['content_bias'][h]) @ key
@@ -70,6 +74,16 @@ def attention(
                   for e, j in zip(exponentials, readable))
       result[i - 1] += mixed @ p['output'][h]
   return result
+
+
+def rotary_logit(q: np.ndarray, key: np.ndarray, distance: int) -> float:
+  """Su et al. 2021, equation 12: complex pairs, the key's turned back by the distance."""
+  half = len(q) // 2
+  total = 0.0
+  for i in range(half):
+    one, other = complex(q[i], q[half + i]), complex(key[i], key[half + i])
+    total += (one * other.conjugate() * cmath.exp(1j * distance / 10_000 ** (i / half))).real
+  return total
 
 
 def feed_forward(p: Parameters, x: np.ndarray) -> np.ndarray:

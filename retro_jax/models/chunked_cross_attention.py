@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.models.attention import RelativeAttention
+from retro_jax.models.attention import Attention
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.layers import RMSNorm
 
@@ -22,9 +22,9 @@ class ChunkedCrossAttention(nnx.Module):
   def __init__(self, config: RetroConfig, *, output_scale: float, rngs: nnx.Rngs):
     self.chunk_length = config.chunk_length
     self.norm = RMSNorm(config.d_model, rngs=rngs)
-    self.attention = RelativeAttention(
+    self.attention = Attention(
         config.d_model, config.encoder_d_model, config.num_heads, config.head_dim,
-        output_scale=output_scale, rngs=rngs)
+        positions=config.positions, output_scale=output_scale, rngs=rngs)
 
   def __call__(self, h: Array, encoded: Array, mask: Array) -> Array:
     """Applies CCA.

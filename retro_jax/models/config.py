@@ -11,8 +11,11 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
+from retro_jax.models.attention_kernels import KERNELS, ROTARY_KERNELS
+
 _DTYPES = ('float32', 'bfloat16')
-_REMAT = ('none', 'dots', 'full')
+_POSITIONS = ('relative', 'rotary')
+REMAT = ('none', 'dots', 'projections', 'attention', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +36,14 @@ class RetroConfig:
     encoder_cross_attention_layers: P_enc, 1-indexed.
     share_embeddings: one table for decoder and encoder (needs d = d').
     dtype: of activations and matrix products; parameters, softmax and loss are float32.
-    remat: what the backward pass recomputes: 'none', 'dots' (all but matrix
-      products), 'full' (everything inside a layer).
+    remat: what the backward pass recomputes, layer by layer: 'none'; 'dots', all but matrix
+      products; 'projections', all but queries, keys, values and what attention gave;
+      'attention', all but the latter; 'full', everything.
+    positions: 'relative' as in the paper, or 'rotary', which has no parameters of its own
+      and which the fused kernels know.
+    attention_kernel: how decoder self-attention is computed (attention_kernels.py).
+    attention_block: rows at a time in it, 0 for the kernel's choice.
+    loss_block: tokens of each sequence whose logits exist at a time, 0 for all.
   """
   vocab_size: int = 128_000
   d_model: int = 896
@@ -55,6 +64,10 @@ class RetroConfig:
   share_embeddings: bool = False
   dtype: str = 'float32'
   remat: str = 'none'
+  positions: str = 'relative'
+  attention_kernel: str = 'blocked'
+  attention_block: int = 0
+  loss_block: int = 512
 
   def __post_init__(self):
     fill = lambda name, value: object.__setattr__(self, name, value)
@@ -81,10 +94,21 @@ class RetroConfig:
     if self.share_embeddings and self.cca_layers and self.d_model != self.encoder_d_model:
       raise ValueError(f'RetroConfig.share_embeddings needs d_model = encoder_d_model, '
                        f'got {self.d_model} and {self.encoder_d_model}')
-    if self.dtype not in _DTYPES:
-      raise ValueError(f'RetroConfig.dtype = {self.dtype!r}, expected one of {_DTYPES}')
-    if self.remat not in _REMAT:
-      raise ValueError(f'RetroConfig.remat = {self.remat!r}, expected one of {_REMAT}')
+    for field, known in (('dtype', _DTYPES), ('remat', REMAT), ('positions', _POSITIONS),
+                         ('attention_kernel', KERNELS)):
+      value = getattr(self, field)
+      if value not in known:
+        raise ValueError(f'RetroConfig.{field} = {value!r}, expected one of {known}')
+    if self.attention_kernel in ROTARY_KERNELS and self.positions != 'rotary':
+      raise ValueError(
+          f'RetroConfig.attention_kernel = {self.attention_kernel!r} knows no relative positions; '
+          "set RetroConfig.positions = 'rotary' (gin/models/rotary.gin), or "
+          "RetroConfig.attention_kernel = 'blocked'")
+    if self.positions == 'rotary' and (self.head_dim % 2 or self.encoder_head_dim % 2):
+      raise ValueError('RetroConfig: rotary positions need an even head_dim')
+    for field in ('attention_block', 'loss_block'):
+      if getattr(self, field) < 0:
+        raise ValueError(f'RetroConfig.{field} = {getattr(self, field)}, expected 0 or more')
 
   @property
   def compute_dtype(self):

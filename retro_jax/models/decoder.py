@@ -9,22 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.models.attention import RelativeAttention
+from retro_jax.models.attention import Attention
 from retro_jax.models.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.models.config import RetroConfig, layer_plan
 from retro_jax.models.layers import FeedForward, RMSNorm
+from retro_jax.models.placement import place
+from retro_jax.models.recomputation import recomputed
 
 Array = jax.Array
 # E and the mask of who may read it, or None with retrieval off.
 Encoded = tuple[Array, Array] | None
-
-_REMAT_POLICIES = {
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    'full': jax.checkpoint_policies.nothing_saveable,
-}
 
 
 class SelfAttention(nnx.Module):
@@ -32,13 +28,14 @@ class SelfAttention(nnx.Module):
 
   def __init__(self, config: RetroConfig, *, output_scale: float, rngs: nnx.Rngs):
     self.norm = RMSNorm(config.d_model, rngs=rngs)
-    self.attention = RelativeAttention(config.d_model, config.d_model, config.num_heads,
-                                       config.head_dim, output_scale=output_scale, rngs=rngs)
+    self.attention = Attention(
+        config.d_model, config.d_model, config.num_heads, config.head_dim,
+        positions=config.positions, output_scale=output_scale, rngs=rngs)
+    self.kernel, self.block = config.attention_kernel, config.attention_block
 
-  def __call__(self, h: Array, mask: Array) -> Array:
-    """h [b, n, d], mask bool [b, n, n] -> [b, n, d]."""
-    normed = self.norm(h)
-    return h + self.attention(normed, normed, mask, causal=True)
+  def __call__(self, h: Array, segments: Array) -> Array:
+    """h [b, n, d], segments int32 [b, n] -> [b, n, d]."""
+    return h + self.attention.causal(self.norm(h), segments, self.kernel, self.block)
 
 
 class DecoderLayer(nnx.Module):
@@ -50,8 +47,8 @@ class DecoderLayer(nnx.Module):
     self.cca = ChunkedCrossAttention(config, output_scale=scale, rngs=rngs) if retro else None
     self.feed_forward = FeedForward(config.d_model, config.d_ff, output_scale=scale, rngs=rngs)
 
-  def __call__(self, h: Array, mask: Array, encoded: Encoded) -> Array:
-    h = self.attention(h, mask)
+  def __call__(self, h: Array, segments: Array, encoded: Encoded) -> Array:
+    h = self.attention(h, segments)
     if self.cca is not None and encoded is not None:
       h = self.cca(h, *encoded)
     return self.feed_forward(h)
@@ -63,11 +60,12 @@ class Period(nnx.Module):
   def __init__(self, config: RetroConfig, *, lm_layers: int, rngs: nnx.Rngs):
     self.lm = nnx.List([DecoderLayer(config, retro=False, rngs=rngs) for _ in range(lm_layers)])
     self.retro = DecoderLayer(config, retro=True, rngs=rngs)
+    self.remat = config.remat
 
-  def __call__(self, h: Array, mask: Array, encoded: Encoded) -> Array:
+  def __call__(self, h: Array, segments: Array, encoded: Encoded) -> Array:
     for layer in self.lm:
-      h = layer(h, mask, None)
-    return self.retro(h, mask, encoded)
+      h = place(recomputed(layer, self.remat, scanned=True)(h, segments, None))
+    return place(recomputed(self.retro, self.remat, scanned=True)(h, segments, encoded))
 
 
 class Decoder(nnx.Module):
@@ -98,32 +96,32 @@ class Decoder(nnx.Module):
     Returns:
       Normalised activations [b, n, d].
     """
-    n = h.shape[1]
-    mask = jnp.tril(jnp.ones((n, n), bool)) & (segments[:, :, None] == segments[:, None, :])
     encoded: Encoded = None
-    h = self._scan(self.prefix, h, mask, None)
+    h = self._scan(self.prefix, h, segments, None)
     if self.entry is not None:
-      h = self.entry.attention(h, mask)
+      part = lambda module: recomputed(module, self.remat)
+      h = place(part(self.entry.attention)(h, segments))
       encoded = encode(h)
       if encoded is not None:
-        h = self.entry.cca(h, *encoded)
-      h = self.entry.feed_forward(h)
+        h = place(part(self.entry.cca)(h, *encoded))
+      h = place(part(self.entry.feed_forward)(h))
     for period in self.periods:
-      h = self._scan(period, h, mask, encoded)
-    h = self._scan(self.tail, h, mask, None)
+      h = self._scan(period, h, segments, encoded)
+    h = self._scan(self.tail, h, segments, None)
     return self.norm(h)
 
-  def _scan(self, stack: nnx.Module | None, h: Array, mask: Array, encoded: Encoded) -> Array:
+  def _scan(self, stack: nnx.Module | None, h: Array, segments: Array, encoded: Encoded) -> Array:
     """Applies a stack of equal modules, one after the other, compiled once."""
     if stack is None:
       return h
     structure, parameters = nnx.split(stack)
 
     def body(h: Array, layer: Any) -> tuple[Array, None]:
-      return nnx.merge(structure, layer)(h, mask, encoded), None
+      module = nnx.merge(structure, layer)
+      run = module if isinstance(module, Period) else recomputed(
+          module, self.remat, scanned=True)
+      return place(run(h, segments, encoded)), None
 
-    if self.remat != 'none':
-      body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
     return jax.lax.scan(body, h, parameters)[0]
 
 

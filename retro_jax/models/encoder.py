@@ -7,9 +7,11 @@ activations of the chunk that retrieved it. Neighbours meet only inside CCA.
 import jax
 from flax import nnx
 
-from retro_jax.models.attention import RelativeAttention
+from retro_jax.models.attention import Attention
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.layers import FeedForward, RMSNorm
+from retro_jax.models.placement import place
+from retro_jax.models.recomputation import recomputed
 
 Array = jax.Array
 
@@ -18,6 +20,7 @@ class NeighborEncoder(nnx.Module):
   """Layers of self-attention, cross-attention to H_u where p' is in P_enc, and FFW."""
 
   def __init__(self, config: RetroConfig, *, rngs: nnx.Rngs):
+    self.remat = config.remat
     output_scale = (2 * config.encoder_layers) ** -0.5
     self.layers = nnx.List([
         EncoderLayer(config, conditioned=p in config.encoder_cross_attention_layers,
@@ -39,7 +42,7 @@ class NeighborEncoder(nnx.Module):
     """
     e = embedded
     for layer in self.layers:
-      e = layer(e, neighbor_mask, h, h_mask)
+      e = place(recomputed(layer, self.remat)(e, neighbor_mask, h, h_mask))
     return self.norm(e)
 
 
@@ -51,13 +54,14 @@ class EncoderLayer(nnx.Module):
     width = config.encoder_d_model
     heads = (config.encoder_heads, config.encoder_head_dim)
     self.norm = RMSNorm(width, rngs=rngs)
-    self.attention = RelativeAttention(width, width, *heads, output_scale=output_scale, rngs=rngs)
+    self.attention = Attention(width, width, *heads, positions=config.positions,
+                               output_scale=output_scale, rngs=rngs)
     self.conditioned = conditioned
     if conditioned:
       self.cross_norm = RMSNorm(width, rngs=rngs)
       self.context_norm = RMSNorm(config.d_model, rngs=rngs)
-      self.cross_attention = RelativeAttention(width, config.d_model, *heads,
-                                               output_scale=output_scale, rngs=rngs)
+      self.cross_attention = Attention(width, config.d_model, *heads, positions=config.positions,
+                                       output_scale=output_scale, rngs=rngs)
     self.feed_forward = FeedForward(width, config.encoder_d_ff, output_scale=output_scale,
                                     rngs=rngs)
 

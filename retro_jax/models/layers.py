@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retro_jax.models.placement import place
+
 Array = jax.Array
 EPSILON = 1e-6
 
@@ -57,7 +59,7 @@ class FeedForward(nnx.Module):
   def __call__(self, x: Array) -> Array:
     """x [..., width] -> x + FFW(norm(x))."""
     y = jnp.einsum('...d,df->...f', self.norm(x), self.wi[...].astype(x.dtype))
-    y = jax.nn.gelu(y, approximate=True)
+    y = jax.nn.gelu(place(y, 'mlp'), approximate=True)
     return x + jnp.einsum('...f,fd->...d', y, self.wo[...].astype(x.dtype))
 
 

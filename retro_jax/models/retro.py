@@ -11,11 +11,13 @@ from typing import Any
 import jax
 from flax import nnx
 
+from retro_jax.models import cross_entropy
 from retro_jax.models.chunked_cross_attention import attending_mask
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.decoder import Decoder, Encoded
 from retro_jax.models.encoder import NeighborEncoder
 from retro_jax.models.layers import Embedding
+from retro_jax.models.placement import place
 
 Array = jax.Array
 Parameters = dict[str, Array]
@@ -63,6 +65,20 @@ class Retro(nnx.Module):
     """
     return self.embedding.read(self.hidden(tokens, segments, retrieval))
 
+  def token_losses(self, tokens: Array, segments: Array, targets: Array,
+                   retrieval: Retrieval | None) -> Array:
+    """Negative log-likelihood of `targets` [b, n] in nats; float32 [b, n]."""
+    hidden = self.hidden(tokens, segments, retrieval)
+    return cross_entropy.token_losses(hidden, self.embedding.table[...], targets,
+                                      self.config.loss_block)
+
+  def summed_loss(self, tokens: Array, segments: Array, targets: Array, weights: Array,
+                  retrieval: Retrieval | None) -> Array:
+    """The sum of `token_losses` times `weights` [b, n]: what training differentiates."""
+    hidden = self.hidden(tokens, segments, retrieval)
+    return cross_entropy.summed_loss(hidden, self.embedding.table[...], targets, weights,
+                                     self.config.loss_block)
+
   def hidden(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
     """As `__call__`, but the activations [b, n, d] that READ would be applied to."""
     b, n = tokens.shape
@@ -79,11 +95,11 @@ class Retro(nnx.Module):
         return None
       by_chunk = lambda x: x.reshape(b, n // m, m, *x.shape[2:])
       table = self.encoder_embedding or self.embedding
-      encoded = self.encoder(table(retrieval.tokens, dtype), retrieval.mask, by_chunk(h),
+      encoded = self.encoder(place(table(retrieval.tokens, dtype)), retrieval.mask, by_chunk(h),
                              by_chunk(segments != 0))
       return encoded, attending_mask(segments, retrieval.mask, m)
 
-    return self.decoder(self.embedding(tokens, dtype), segments, encode)
+    return self.decoder(place(self.embedding(tokens, dtype)), segments, encode)
 
 
 def init_parameters(config: RetroConfig, key: Array) -> Parameters:

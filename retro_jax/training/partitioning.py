@@ -14,6 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from retro_jax.data.batches import BATCH_SPEC
 from retro_jax.errors import UserError, nearest
+from retro_jax.models.placement import Placement
 
 MESH_AXES = ('data', 'fsdp', 'tensor')
 
@@ -59,6 +60,11 @@ class ShardingRules:
   vocab: str | None = 'tensor'
   norm: str | None = None
   layers: str | None = None
+
+  def activations(self, mesh: Mesh) -> Placement:
+    """Where the model's activations lie: examples and, of each, heads and columns."""
+    return Placement(mesh, {'batch': BATCH_SPEC[0], 'heads': self.heads, 'mlp': self.mlp,
+                            'vocab': self.vocab})
 
   def spec(self, name: str, axes: Sequence[str], shape: Sequence[int],
            mesh: Mesh) -> PartitionSpec:

@@ -14,9 +14,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from retro_jax.models import retro
+from retro_jax.models import placement, retro
 from retro_jax.models.config import RetroConfig
 from retro_jax.training import partitioning
+from retro_jax.training.partitioning import ShardingRules
 from retro_jax.training.state import TrainState, shardings
 
 Batch = Mapping[str, jax.Array]
@@ -33,42 +34,77 @@ def batch_inputs(model: RetroConfig) -> tuple[str, ...]:
 def token_losses(model: RetroConfig, parameters: retro.Parameters, batch: Batch,
                  retrieval: bool) -> jax.Array:
   """Negative log-likelihood in nats of each target, 0 where there is none; float32 [b, n]."""
-  tokens = batch['tokens']
-  by_token = jnp.repeat(batch['documents'], model.chunk_length, axis=1)
-  segments = jnp.where(tokens != 0, by_token + 1, 0)
-  neighbors = None
-  if retrieval and model.has_retrieval:
-    neighbors = retro.Retrieval(batch['neighbor_tokens'], batch['neighbor_mask'])
-  logits = retro.apply(model, parameters, tokens, segments, neighbors)
-  losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch['targets'])
+  losses = retro.build(model, parameters).token_losses(
+      batch['tokens'], _segments(model, batch), batch['targets'],
+      _neighbors(model, batch) if retrieval else None)
   return losses * batch['loss_weights']
 
 
+def summed_loss(model: RetroConfig, parameters: retro.Parameters, batch: Batch) -> jax.Array:
+  """The sum of `token_losses` with retrieval, cheaper to differentiate."""
+  return retro.build(model, parameters).summed_loss(
+      batch['tokens'], _segments(model, batch), batch['targets'], batch['loss_weights'],
+      _neighbors(model, batch))
+
+
+def _segments(model: RetroConfig, batch: Batch) -> jax.Array:
+  by_token = jnp.repeat(batch['documents'], model.chunk_length, axis=1)
+  return jnp.where(batch['tokens'] != 0, by_token + 1, 0)
+
+
+def _neighbors(model: RetroConfig, batch: Batch) -> retro.Retrieval | None:
+  if not model.has_retrieval:
+    return None
+  return retro.Retrieval(batch['neighbor_tokens'], batch['neighbor_mask'])
+
+
 def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
-                    learning_rate: optax.Schedule, mesh: Mesh, abstract: TrainState
+                    learning_rate: optax.Schedule, mesh: Mesh, abstract: TrainState,
+                    rules: ShardingRules = ShardingRules(), microbatches: int = 1
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
   Metrics, float32 scalars: `loss` in nats a token, `bits_per_byte`, `gradient_norm`
-  before clipping, `learning_rate`, `tokens` with a target.
+  before clipping, `learning_rate`, `tokens` with a target. Beside them, for the watch on
+  numbers that are no numbers (training/faults.py): `squares`, float32 [3, parameters], the
+  sums of squares of gradients, updates and new parameters, parameter by parameter.
+
+  Args:
+    model, optimizer, learning_rate: of the run.
+    mesh, abstract: the devices, and the state's shapes and shardings on them.
+    rules: of which the activations are placed.
+    microbatches: parts of the batch that are computed one after the other, for memory; the
+      gradient is that of the whole.
   """
 
+  def loss_and_gradient(parameters: retro.Parameters, batch: Batch):
+    run = jax.value_and_grad(lambda p, part: summed_loss(model, p, part))
+    if microbatches == 1:
+      return run(parameters, batch)
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, run(parameters, part)), None
+
+    zero = jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, parameters)
+    return jax.lax.scan(add, zero, _microbatches(batch, microbatches, mesh))[0]
+
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    with placement.on(rules.activations(mesh)):
+      total, gradient = loss_and_gradient(state.parameters, batch)
     targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
-
-    def mean_loss(parameters: retro.Parameters) -> jax.Array:
-      return token_losses(model, parameters, batch, retrieval=True).sum() / targets
-
-    loss, gradient = jax.value_and_grad(mean_loss)(state.parameters)
-    updates, optimizer_state = optimizer.update(gradient, state.optimizer, state.parameters)
+    loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
+    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+        gradient, state.optimizer, state.parameters, value=loss)
     parameters = optax.apply_updates(state.parameters, updates)
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
+    squares = jnp.stack([_squares(tree) for tree in (gradient, updates, parameters)])
     metrics = {
         'loss': loss,
         'bits_per_byte': loss * targets / math.log(2) / text_bytes,
-        'gradient_norm': optax.global_norm(gradient),
+        'gradient_norm': jnp.sqrt(squares[0].sum()),
         'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
         'tokens': targets,
+        'squares': squares,
     }
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
@@ -79,7 +115,24 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
                  out_shardings=(placed, everywhere), donate_argnums=0)
 
 
-def make_evaluation_step(model: RetroConfig, mesh: Mesh, parameter_shardings: Any, retrieval: bool
+def _squares(tree: retro.Parameters) -> jax.Array:
+  return jnp.stack([jnp.sum(jnp.square(leaf)) for _, leaf in sorted(tree.items())])
+
+
+def _microbatches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:
+  """Arrays [b, ...] as [count, b / count, ...], each device cutting its own examples."""
+  examples = partitioning.batch_sharding(mesh).spec
+
+  def cut(x: jax.Array) -> jax.Array:
+    parts = jnp.moveaxis(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 1, 0)
+    return jax.lax.with_sharding_constraint(parts, jax.sharding.NamedSharding(
+        mesh, jax.sharding.PartitionSpec(None, *examples)))
+
+  return {name: cut(x) for name, x in batch.items()}
+
+
+def make_evaluation_step(model: RetroConfig, mesh: Mesh, parameter_shardings: Any, retrieval: bool,
+                         rules: ShardingRules = ShardingRules()
                          ) -> Callable[[retro.Parameters, Batch], dict[str, jax.Array]]:
   """The jitted scoring of a batch: (parameters, batch) -> sums by chunk, each [b, l].
 
@@ -90,7 +143,8 @@ def make_evaluation_step(model: RetroConfig, mesh: Mesh, parameter_shardings: An
 
   def score(parameters: retro.Parameters, batch: Batch) -> dict[str, jax.Array]:
     by_chunk = lambda x: x.reshape(x.shape[0], -1, model.chunk_length).sum(axis=-1)
-    losses = token_losses(model, parameters, batch, retrieval)
+    with placement.on(rules.activations(mesh)):
+      losses = token_losses(model, parameters, batch, retrieval)
     return {'bits': by_chunk(losses) / math.log(2), 'tokens': by_chunk(batch['loss_weights']),
             'documents': batch['documents'], 'text_bytes': batch['text_bytes']}
 

@@ -1,35 +1,43 @@
-"""RelativeAttention against loops, its masks, and the parts it is made of."""
+"""Attention against loops, its masks, and the parts it is made of."""
+
+import contextlib
 
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.models import attention
+from retro_jax.models import attention, attention_kernels, placement, positions
+from retro_jax.training.partitioning import MeshConfig, ShardingRules, make_mesh
 from tests import reference, tiny_models
 
 HEADS, WIDTH = 3, 4
 
 
-def make(query_dim: int, context_dim: int):
-  """The module, jitted, and its parameters; biases are random too."""
-  module, p = tiny_models.randomized(lambda: attention.RelativeAttention(
-      query_dim, context_dim, HEADS, WIDTH, output_scale=1.0, rngs=nnx.Rngs(params=0)))
-  return jax.jit(module, static_argnames=('offset', 'causal', 'key_groups')), p
+def build(query_dim: int, context_dim: int, positions: str = 'relative'):
+  """The module and its parameters, every one random."""
+  return tiny_models.randomized(lambda: attention.Attention(
+      query_dim, context_dim, HEADS, WIDTH, positions=positions, output_scale=1.0,
+      rngs=nnx.Rngs(params=0)))
 
 
-@pytest.mark.parametrize('rows, columns, offset, groups, causal', [
-    (7, 7, 0, 1, True), (7, 7, 0, 1, False), (5, 9, 0, 1, False), (9, 5, 0, 1, False),
-    (4, 8, 3, 1, False), (4, 8, 3, 3, False), (1, 6, -2, 2, False), (6, 1, 5, 1, False)])
-def test_equals_loops(rows, columns, offset, groups, causal):
-  module, p = make(6, 10)
+def make(query_dim: int, context_dim: int, positions: str = 'relative'):
+  """The same, jitted."""
+  module, p = build(query_dim, context_dim, positions)
+  return jax.jit(module, static_argnames=('offset', 'key_groups')), p
+
+
+@pytest.mark.parametrize('scheme', ['relative', 'rotary'])
+@pytest.mark.parametrize('rows, columns, offset, groups', [
+    (7, 7, 0, 1), (5, 9, 0, 1), (9, 5, 0, 1), (4, 8, 3, 1), (4, 8, 3, 3), (1, 6, -2, 2),
+    (6, 1, 5, 1)])
+def test_equals_loops(rows, columns, offset, groups, scheme):
+  module, p = make(6, 10, scheme)
   rng = np.random.default_rng(rows * 100 + columns)
   x = rng.normal(size=(2, rows, 6)).astype(np.float32)
   context = rng.normal(size=(2, columns * groups, 10)).astype(np.float32)
   mask = rng.random((2, rows, columns * groups)) < 0.7
-  if causal:
-    mask &= np.tri(rows, dtype=bool)
-  got = module(x, context, mask, offset=offset, causal=causal, key_groups=groups)
+  got = module(x, context, mask, offset=offset, key_groups=groups)
   for b in range(2):
     expected = reference.attention(
         p, x[b].astype(np.float64), context[b].astype(np.float64),
@@ -57,21 +65,65 @@ def test_gradient_is_finite_where_a_row_reads_nothing():
   assert (np.asarray(gradient[1:]) == 0).all()
 
 
-@pytest.mark.parametrize('causal', [False, True])
-def test_absolute_position_does_not_matter(causal):
+@pytest.mark.parametrize('scheme', ['relative', 'rotary'])
+@pytest.mark.parametrize('kernel, block', [
+    ('einsum', 0), ('blocked', 1), ('blocked', 3), ('blocked', 4), ('blocked', 9),
+    ('dot_product', 0)])
+def test_causal_kernels_equal_loops(kernel, block, scheme):
+  """Also with blocks that do not divide the sequence; documents and padding inside it."""
+  if kernel in attention_kernels.ROTARY_KERNELS and scheme != 'rotary':
+    pytest.skip('knows no relative positions')
+  module, p = build(6, 6, scheme)
+  x = np.random.default_rng(3).normal(size=(2, 9, 6)).astype(np.float32)
+  segments = np.array([[1, 1, 1, 1, 2, 2, 2, 0, 0], [5, 5, 5, 5, 5, 5, 5, 5, 5]], np.int32)
+  got = jax.jit(lambda x, s: module.causal(x, s, kernel, block))(x, segments)
+  for b in range(2):
+    expected = reference.attention(
+        p, x[b].astype(np.float64), x[b].astype(np.float64),
+        may_read=lambda i, j: j <= i and segments[b, i - 1] == segments[b, j - 1],
+        distance=lambda i, j: i - j)
+    np.testing.assert_allclose(got[b], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_splash_equals_the_reference_in_value_and_gradient():
+  """Interpreted, at the smallest size the kernel takes; on a mesh each device runs its part."""
+  module = attention.Attention(128, 128, 2, 128, positions='rotary', output_scale=1.0,
+                               rngs=nnx.Rngs(params=0))
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 256, 128)).astype(np.float32)
+  segments = np.repeat([[1, 1, 2, 3], [4, 4, 4, 0]], 64, axis=1).astype(np.int32)
+  weights = rng.normal(size=x.shape).astype(np.float32) * (segments != 0)[..., None]
+
+  def value(kernel, mesh=None):
+    def run(x):
+      with placement.on(ShardingRules().activations(mesh)) if mesh else contextlib.nullcontext():
+        y = module.causal(x, segments, kernel, 128)
+      return (y * weights).sum(), y
+    (_, y), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(x)
+    return np.asarray(y)[segments != 0], np.asarray(gradient)
+
+  expected = value('einsum')
+  for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])):
+    for got, wanted in zip(value('splash', mesh), expected, strict=True):
+      np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('scheme', ['relative', 'rotary'])
+def test_absolute_position_does_not_matter(scheme):
   """Shifting rows and keys together by s positions shifts the output: only distances count."""
-  module, _ = make(6, 6)
+  module, _ = make(6, 6, scheme)
   x = np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
-  small = np.tri(5, dtype=bool) if causal else np.ones((5, 5), bool)
+  small = np.ones((5, 5), bool)
   large = np.zeros((8, 8), bool)
   large[3:, 3:] = small
   shifted = np.concatenate([np.full((3, 6), 9, np.float32), x])
-  np.testing.assert_allclose(module(shifted, shifted, large, causal=causal)[3:],
-                             module(x, x, small, causal=causal), rtol=1e-5, atol=1e-6)
+  np.testing.assert_allclose(module(shifted, shifted, large)[3:], module(x, x, small),
+                             rtol=1e-5, atol=1e-6)
 
 
-def test_distance_matters():
-  module, _ = make(6, 6)
+@pytest.mark.parametrize('scheme', ['relative', 'rotary'])
+def test_distance_matters(scheme):
+  module, _ = make(6, 6, scheme)
   x = np.random.default_rng(1).normal(size=(5, 6)).astype(np.float32)
   mask = np.ones((5, 5), bool)
   assert np.abs(module(x, x, mask, offset=0) - module(x, x, mask, offset=1)).max() > 1e-3
@@ -80,8 +132,8 @@ def test_distance_matters():
 @pytest.mark.parametrize('rows, columns, offset', [(4, 4, 0), (3, 7, 2), (6, 2, -1)])
 def test_skew_puts_each_distance_at_its_key(rows, columns, offset):
   by_distance = np.broadcast_to(
-      attention.distances(rows, columns, offset, causal=False), (rows, rows + columns - 1))
-  got = np.asarray(jax.jit(attention.skew, static_argnums=1)(by_distance, columns))
+      positions.distances(rows, columns, offset, causal=False), (rows, rows + columns - 1))
+  got = np.asarray(jax.jit(positions.skew, static_argnums=1)(by_distance, columns))
   for i in range(rows):
     for j in range(columns):
       assert got[i, j] == i - j + offset
@@ -90,4 +142,4 @@ def test_skew_puts_each_distance_at_its_key(rows, columns, offset):
 def test_sinusoid_equals_the_formula():
   distances = np.array([126, 3, 0, -1, -64])
   expected = [reference.position_vector(int(d), 10) for d in distances]
-  np.testing.assert_allclose(attention.sinusoid(distances, 10), expected, atol=1e-6)
+  np.testing.assert_allclose(positions.sinusoid(distances, 10), expected, atol=1e-6)

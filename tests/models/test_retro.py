@@ -31,7 +31,10 @@ def logits(config, parameters, batch, retrieval=True):
     dict(num_layers=3, cca_layers=(2,), chunk_length=3, retrieved_length=5),
     dict(num_layers=2, cca_layers=(2,), encoder_d_model=8, share_embeddings=True),
     dict(num_layers=3, cca_layers=()),
-], ids=lambda c: 'L{}-P{}'.format(c['num_layers'], ','.join(map(str, c['cca_layers']))))
+    dict(num_layers=5, cca_layers=(2, 4), positions='rotary', attention_block=3),
+    dict(num_layers=6, cca_layers=(2, 4, 6), attention_kernel='einsum', remat='full'),
+], ids=lambda c: 'L{}-P{}-{}'.format(c['num_layers'], ','.join(map(str, c['cca_layers'])),
+                                     c.get('positions', 'relative')))
 def test_equals_algorithm_1(changes):
   config = tiny_models.tiny(**changes)
   parameters = tiny_models.parameters(config)

@@ -42,20 +42,23 @@ def keep_gradient():
 
 
 @functools.cache
-def train(sizes, remat='none'):
+def train(sizes, microbatches=1, **changes):
   """Losses, gradient of each step, final parameters: `STEPS` real steps on such a mesh."""
-  config = dataclasses.replace(CONFIG, remat=remat)
+  config = dataclasses.replace(CONFIG, **changes)
   mesh = partitioning.make_mesh(MeshConfig(*sizes), jax.devices()[:math.prod(sizes)])
   rule = keep_gradient()
   abstract = state.abstract_state(config, rule, ShardingRules(), mesh)
   parameters = tiny_models.parameters(config)
   host = state.TrainState(np.zeros((), np.int32), parameters, rule.init(parameters))
   current = jax.device_put(host, state.shardings(abstract))
-  train_step = step.make_train_step(config, rule, lambda count: 0.05, mesh, abstract)
+  train_step = step.make_train_step(config, rule, lambda count: 0.05, mesh, abstract,
+                                    microbatches=microbatches)
   losses, gradients = [], []
   for number in range(STEPS):
     current, metrics = train_step(current, batches.to_global(batch_of(number), mesh))
+    squares = np.asarray(metrics.pop('squares'))
     losses.append({name: float(value) for name, value in metrics.items()})
+    assert squares.shape == (3, len(parameters)) and np.isfinite(squares).all()
     gradients.append(jax.device_get(current.optimizer[0].trace))
   assert int(current.step) == STEPS
   placed = {name: leaf.sharding for name, leaf in current.parameters.items()}
@@ -63,13 +66,17 @@ def train(sizes, remat='none'):
   return losses, gradients, jax.device_get(current.parameters)
 
 
-@pytest.mark.parametrize('sizes, remat', [
-    ((8, 1, 1), 'none'), ((1, 8, 1), 'none'), ((2, 2, 2), 'full'), ((1, 4, 2), 'dots')],
-    ids=['data8', 'fsdp8', 'data2-fsdp2-tensor2-remat-full', 'fsdp4-tensor2-remat-dots'])
-def test_eight_devices_equal_one(sizes, remat):
-  """Also with layers recomputed in the backward pass: neither may change the result."""
+@pytest.mark.parametrize('sizes, changes', [
+    ((8, 1, 1), {}), ((1, 8, 1), dict(loss_block=5)), ((2, 2, 2), dict(remat='full')),
+    ((1, 4, 2), dict(remat='dots', attention_block=5)),
+    ((2, 2, 1), dict(remat='attention', microbatches=2)),
+    ((2, 1, 2), dict(remat='projections', attention_kernel='einsum', microbatches=4))],
+    ids=['data8', 'fsdp8', 'data2-fsdp2-tensor2-remat-full', 'fsdp4-tensor2-remat-dots',
+         'data2-fsdp2-microbatches2', 'data2-tensor2-microbatches4'])
+def test_many_devices_equal_one(sizes, changes):
+  """Whatever is recomputed, cut into blocks or accumulated: none may change the result."""
   losses, gradients, parameters = train((1, 1, 1))
-  losses_8, gradients_8, parameters_8 = train(sizes, remat)
+  losses_8, gradients_8, parameters_8 = train(sizes, **changes)
   for one, eight in zip(losses, losses_8, strict=True):
     assert eight == pytest.approx(one, rel=1e-5)
   assert losses[0]['loss'] != pytest.approx(losses[1]['loss'], rel=1e-3)

@@ -1,0 +1,120 @@
+"""Softmax attention over projected heads: a plain one, and faster ones that compute the same.
+
+Queries come scaled. `by_distance` = (queries [..., q, h, c], keys [distances, h, c] in the
+order of positions.distances) adds the logits of relative positions; None for rotary ones.
+Logits and softmax are float32 whatever the dtype of the heads.
+
+| kernel        | positions | what it does |
+|---|---|---|
+| `einsum`      | both      | the n x n logits of all heads at once: the reference |
+| `blocked`     | both      | rows by blocks, each against the keys before its end: half the work |
+| `dot_product` | rotary    | jax.nn.dot_product_attention (cuDNN on GPUs that have it) |
+| `splash`      | rotary    | the fused TPU kernel of JAX, on each device's own rows and heads |
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from retro_jax.models.placement import on_each_device
+from retro_jax.models.positions import skew
+
+Array = jax.Array
+ByDistance = tuple[Array, Array] | None
+KERNELS = ('einsum', 'blocked', 'dot_product', 'splash')
+ROTARY_KERNELS = ('dot_product', 'splash')
+# Far below any real logit, yet finite: a row with every key masked stays free of NaN.
+MASKED_LOGIT = -1e30
+_BLOCK = 128
+
+
+def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = None,
+           key_groups: int = 1) -> Array:
+  """Attention under any mask.
+
+  Args:
+    q: [..., q, h, c], scaled.
+    k, v: [..., s, h, c].
+    mask: bool, broadcastable to [..., q, s]; rows without True give exactly 0.
+    by_distance: see above, of s / key_groups columns.
+    key_groups: groups of keys with equal distances.
+
+  Returns:
+    [..., q, h, c], dtype of v.
+  """
+  logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
+  if by_distance is not None:
+    position, p = by_distance
+    of_distance = jnp.einsum('...qhc,thc->...hqt', position, p,
+                             preferred_element_type=jnp.float32)
+    by_key = skew(of_distance, k.shape[-3] // key_groups)
+    logits += jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
+  weights = masked_softmax(logits, mask[..., None, :, :])
+  return jnp.einsum('...hqs,...shc->...qhc', weights.astype(v.dtype), v)
+
+
+def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
+           kernel: str, block: int = 0) -> Array:
+  """Attention of [b, n, h, c] to itself inside each segment (int32 [b, n]), up to each row."""
+  if kernel == 'splash':
+    return _splash(q, k, v, segments, block)
+  if kernel == 'dot_product':
+    mask = _causal_mask(segments, 0, segments.shape[1])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0)
+  if kernel not in ('einsum', 'blocked'):
+    raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
+  n = q.shape[1]
+  block = n if kernel == 'einsum' else min(block or _BLOCK, n)
+  mixed = []
+  for first in range(0, n, block):
+    last = min(first + block, n)
+    near = None
+    if by_distance is not None:
+      position, p = by_distance  # distances n - 1 .. 0, of which `last` occur
+      near = position[:, first:last], p[n - last:]
+    mixed.append(masked(q[:, first:last], k[:, :last], v[:, :last],
+                        _causal_mask(segments, first, last), near))
+  return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+def masked_softmax(logits: Array, mask: Array) -> Array:
+  """Softmax over the last axis where `mask` is True; 0 elsewhere and in rows with no True."""
+  weights = jax.nn.softmax(jnp.where(mask, logits, MASKED_LOGIT), axis=-1)
+  return jnp.where(mask, weights, 0.0)
+
+
+def _causal_mask(segments: Array, first: int, last: int) -> Array:
+  """bool [b, last - first, last] for rows first..last - 1."""
+  order = np.arange(last)[None, :] <= np.arange(first, last)[:, None]
+  return order & (segments[:, first:last, None] == segments[:, None, :last])
+
+
+def _splash(q: Array, k: Array, v: Array, segments: Array, block: int) -> Array:
+  """JAX's splash attention (Pallas); interpreted, slowly, where there is no TPU."""
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+  n = q.shape[1]
+
+  def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    heads = q.shape[2]
+    mask = masks.MultiHeadMask([masks.CausalMask((n, n))] * heads)
+    attend = kernel.make_splash_mha(
+        mask, head_shards=1, q_seq_shards=1, block_sizes=_splash_blocks(n, block),
+        residual_checkpoint_name='mixed', interpret=jax.default_backend() == 'cpu')
+    by_head = lambda x: jnp.moveaxis(x, 2, 1)
+    mixed = jax.vmap(attend)(by_head(q), by_head(k), by_head(v),
+                             kernel.SegmentIds(segments, segments))
+    return jnp.moveaxis(mixed, 1, 2)
+
+  return on_each_device(local, 'bnhc', 'bnhc', 'bnhc', 'bn', out='bnhc')(q, k, v, segments)
+
+
+@functools.cache
+def _splash_blocks(n: int, block: int):
+  from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+  size = min(block or 1024, n)
+  return kernel.BlockSizes(
+      block_q=size, block_kv=size, block_kv_compute=min(size, 512), block_q_dkv=size,
+      block_kv_dkv=size, block_kv_dkv_compute=min(size, 512), use_fused_bwd_kernel=True)

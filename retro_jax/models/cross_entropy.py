@@ -1,0 +1,97 @@
+"""The loss of READ without its logits: [tokens, vocabulary] never exists as a whole.
+
+Tokens go through READ and softmax some at a time. For training, the gradient is made in the
+same pass: the sum of the losses is linear in its own cotangent, so what the backward pass
+needs is known as soon as a block's logits are, and they are not computed twice.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from retro_jax.models.placement import place
+
+Array = jax.Array
+
+
+def token_losses(hidden: Array, table: Array, targets: Array, block: int) -> Array:
+  """Negative log-likelihood of each target in nats, float32 [b, n].
+
+  Args:
+    hidden: normalised activations, [b, n, d].
+    table: of the embedding, [V, d].
+    targets: int32 [b, n].
+    block: tokens of each sequence at a time; 0 for all.
+  """
+  blocks, rest = _blocks(block, hidden, targets)
+  table = table.astype(hidden.dtype)
+  losses = jax.lax.map(lambda one: _losses(*one, table)[0], blocks)
+  return _joined(losses, rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def summed_loss(hidden: Array, table: Array, targets: Array, weights: Array, block: int) -> Array:
+  """The sum of the losses of `token_losses` times `weights` [b, n]; float32 [].
+
+  Differentiable in `hidden` and `table`; not in the weights.
+  """
+  return (token_losses(hidden, table, targets, block) * weights).sum()
+
+
+def _forward(hidden: Array, table: Array, targets: Array, weights: Array, block: int):
+  blocks, rest = _blocks(block, hidden, targets, weights)
+  cast = table.astype(hidden.dtype)
+
+  def one_block(carry, xs):
+    total, table_gradient = carry
+    x, y, w = xs
+    losses, logits, normalizer = _losses(x, y, cast)
+    is_target = jnp.arange(table.shape[0]) == y[..., None]
+    of_logits = (jnp.exp(logits - normalizer) - is_target) * w[..., None]
+    of_logits = of_logits.astype(hidden.dtype)
+    of_x = jnp.einsum('bnv,vd->bnd', of_logits, cast)
+    table_gradient += jnp.einsum('bnv,bnd->vd', of_logits, x, preferred_element_type=jnp.float32)
+    return (total + (losses * w).sum(), table_gradient), of_x
+
+  start = jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32)
+  (total, of_table), of_hidden = jax.lax.scan(one_block, start, blocks)
+  return total, (_joined(of_hidden, rest), of_table.astype(table.dtype))
+
+
+def _backward(block: int, gradients, cotangent: Array):
+  of_hidden, of_table = gradients
+  return of_hidden * cotangent.astype(of_hidden.dtype), of_table * cotangent, None, None
+
+
+summed_loss.defvjp(_forward, _backward)
+
+
+def _losses(x: Array, targets: Array, table: Array) -> tuple[Array, Array, Array]:
+  """Losses [b, n], logits [b, n, V] and the logarithm of their normalizer [b, n, 1], float32."""
+  logits = jnp.einsum('bnd,vd->bnv', x, table, preferred_element_type=jnp.float32)
+  logits = place(logits, 'vocab')
+  normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  # A sum over a comparison, not a gather: the vocabulary may be cut over devices.
+  is_target = jnp.arange(table.shape[0]) == targets[..., None]
+  of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
+  return normalizer[..., 0] - of_target, logits, normalizer
+
+
+def _blocks(block: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
+  """Arrays [b, n, ...] as [blocks, b, block, ...], filled with zeros, and n."""
+  n = arrays[0].shape[1]
+  block = min(block or n, n)
+  count = -(-n // block)
+
+  def cut(x: Array) -> Array:
+    x = jnp.pad(x, ((0, 0), (0, count * block - n)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], count, block, *x.shape[2:]), 1, 0)
+
+  return tuple(cut(x) for x in arrays), n
+
+
+def _joined(blocks: Array, n: int) -> Array:
+  """The inverse of `_blocks`."""
+  joined = jnp.moveaxis(blocks, 0, 1)
+  return joined.reshape(joined.shape[0], -1, *joined.shape[3:])[:, :n]

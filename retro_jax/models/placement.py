@@ -1,0 +1,90 @@
+"""Where activations lie on a mesh, as far as the model has a wish.
+
+The model names axes ('batch', 'heads', ...); the trainer says, around the tracing of a
+step, what those names mean on which mesh (training/partitioning.py). Outside of that, as in
+a notebook or in a test of one module, every function here does nothing.
+"""
+
+import contextlib
+import contextvars
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+Array = jax.Array
+MeshAxes = str | tuple[str, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+  """Attributes: the mesh, and the mesh axes of each name of an activation's axis."""
+  mesh: Mesh
+  axes: Mapping[str, MeshAxes]
+
+  def spec(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
+    """The placement of an array; an axis that does not divide is left whole."""
+    entries = []
+    for name, size in zip(names, shape, strict=True):
+      target = self.axes[name] if name else None
+      entries.append(target if size % self._devices(target) == 0 else None)
+    return PartitionSpec(*entries)
+
+  def _devices(self, target: MeshAxes) -> int:
+    count = 1
+    for axis in (target,) if isinstance(target, str) else target or ():
+      count *= self.mesh.shape[axis]
+    return count
+
+
+_CURRENT: contextvars.ContextVar[Placement | None] = contextvars.ContextVar(
+    'placement', default=None)
+
+
+@contextlib.contextmanager
+def on(placement: Placement) -> Iterator[None]:
+  """What is traced inside lies as `placement` says."""
+  token = _CURRENT.set(placement)
+  try:
+    yield
+  finally:
+    _CURRENT.reset(token)
+
+
+def place(x: Array, name: str | None = None, axis: int = -1) -> Array:
+  """Examples of `x` (its first axis) over the mesh, and with `name` also that axis."""
+  current = _CURRENT.get()
+  if current is None or current.mesh.size == 1:
+    return x
+  names: list[str | None] = [None] * x.ndim
+  names[0] = 'batch'
+  if name:
+    names[axis] = name
+  spec = current.spec(tuple(names), x.shape)
+  return jax.lax.with_sharding_constraint(x, NamedSharding(current.mesh, spec))
+
+
+_LETTERS = {'b': 'batch', 'h': 'heads'}
+
+
+def on_each_device(function: Callable[..., Array], *inputs: str, out: str
+                   ) -> Callable[..., Array]:
+  """`function` run by every device on its own part of the arrays, for kernels XLA cannot cut.
+
+  Args:
+    function: of arrays, without communication between devices.
+    inputs: the axes of each argument, a letter each: b examples and h heads are cut.
+    out: the same for the result.
+  """
+  current = _CURRENT.get()
+  if current is None or current.mesh.size == 1:
+    return function
+
+  def run(*arrays: Array) -> Array:
+    spec = lambda axes, x: current.spec(tuple(_LETTERS.get(a) for a in axes), x.shape)
+    specs = tuple(spec(axes, x) for axes, x in zip(inputs, arrays, strict=True))
+    return jax.shard_map(function, mesh=current.mesh, in_specs=specs,
+                         out_specs=spec(out, arrays[0]), check_vma=False)(*arrays)
+
+  return run

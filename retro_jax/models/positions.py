@@ -1,0 +1,67 @@
+"""How distance enters attention: sinusoids of relative positions, and rotary positions.
+
+Distances are those of the paper's B.1.2: query row i sees key column j at i - j + offset.
+What is done with them is in attention.py.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def distances(rows: int, columns: int, offset: int, causal: bool) -> np.ndarray:
+  """The distances i - j + offset that occur, in falling order, as `skew` expects them."""
+  largest = rows - 1 + offset
+  smallest = offset if causal else offset - (columns - 1)
+  return np.arange(largest, smallest - 1, -1)
+
+
+def sinusoid(distance: np.ndarray, width: int) -> np.ndarray:
+  """[len(distance), width] float32: sines then cosines of distance / 10000^(2i/width)."""
+  frequency = 10_000.0 ** (-np.arange(0, width, 2) / width)
+  angle = distance[:, None] * frequency[None, :]
+  return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
+
+
+def skew(by_distance: Array, columns: int) -> Array:
+  """Turns logits by distance into logits by key, without a gather.
+
+  Column t of the input is the t-th distance of `distances`; row i needs, for key j,
+  t = (rows - 1) - i + j. With one column of padding the rows of the flattened array
+  line up so that this is one slice and one reshape (Dai et al. 2019, appendix B).
+
+  Args:
+    by_distance: [..., rows, number of distances].
+    columns: number of keys.
+
+  Returns:
+    [..., rows, columns]. When only the non-negative distances of a causal attention
+    were given, entries above the diagonal are meaningless and must be masked.
+  """
+  *lead, rows, width = by_distance.shape
+  flat = jnp.pad(by_distance, [(0, 0)] * (len(lead) + 1) + [(0, 1)])
+  flat = flat.reshape(*lead, rows * (width + 1))
+  flat = jax.lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * width, axis=-1)
+  return flat.reshape(*lead, rows, width)[..., :columns]
+
+
+def rotate(x: Array, first: int = 0, base: float = 10_000.0) -> Array:
+  """Rotary positions (Su et al. 2021): the dot product of two rotated vectors knows their distance.
+
+  The first and the second half of the head are the two coordinates of c/2 planes, plane i
+  turned by position / base^(2i/c) (the layout of Llama's checkpoints).
+
+  Args:
+    x: [..., rows, heads, c], c even; row i stands at position first + i.
+    first: position of the first row, may be negative.
+    base: of the wavelengths.
+  """
+  rows, width = x.shape[-3], x.shape[-1]
+  frequency = base ** (-np.arange(0, width, 2) / width)
+  angle = (first + np.arange(rows))[:, None, None] * frequency  # [rows, 1, c/2]
+  sine, cosine = (jnp.asarray(f(angle), jnp.float32) for f in (np.sin, np.cos))
+  one, two = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  turned = jnp.concatenate([one * cosine - two * sine, two * cosine + one * sine], axis=-1)
+  return turned.astype(x.dtype)
