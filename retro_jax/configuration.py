@@ -20,7 +20,7 @@ from typing import Any
 
 import gin
 from gin import config as gin_config
-from retro_jax.errors import EXIT_CODE, UserError, nearest
+from retro_jax.errors import EXIT_CODE, RunStopped, UserError, nearest
 
 USAGE = """usage: {program} --gin_file=FILE [--gin_file=FILE ...] [--gin.NAME=VALUE ...] [--dry_run]
 
@@ -41,7 +41,7 @@ class CommandLine:
 
 def main(job: type, run: Callable[[Any], Any], configurables: Iterable[type] = (),
          argv: Sequence[str] | None = None, plan: Callable[[Any], str] | None = None) -> None:
-  """Resolves the command line to a `job` and runs it; exits with 2 and one line on bad input.
+  """Resolves the command line to a `job` and runs it; errors.py has the exits in one line.
 
   `plan` says what `run` would do; `--dry_run` prints it below the configuration.
   """
@@ -61,7 +61,19 @@ def main(job: type, run: Callable[[Any], Any], configurables: Iterable[type] = (
     run(resolved)
   except UserError as error:
     print(f'error: {error}', file=sys.stderr, flush=True)
-    sys.exit(EXIT_CODE)
+    _leave(EXIT_CODE)
+  except RunStopped as stop:
+    print(f'stopped: {stop}', file=sys.stderr, flush=True)
+    _leave(stop.exit_code)
+
+
+def _leave(code: int) -> None:
+  """Ends the process; one of several does not wait for the others, who may never come."""
+  jax = sys.modules.get('jax')
+  if jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1:
+    sys.stdout.flush()
+    os._exit(code)
+  sys.exit(code)
 
 
 def parse_arguments(argv: Sequence[str]) -> CommandLine:

@@ -140,10 +140,17 @@ def write_manifest(folder: str | os.PathLike, manifest: Mapping[str, Any]) -> No
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
-  """Writes `value` as indented JSON under its name at once."""
+  """Writes `value` as indented JSON under its name at once, here or in a bucket."""
+  write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + '\n')
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a small text under its name at once, here or in a bucket."""
+  if files.is_remote(path):
+    files.write_bytes(path, text.encode())
+    return
   with atomic_file(path) as f:
-    json.dump(value, f, indent=2, ensure_ascii=False, default=str)
-    f.write('\n')
+    f.write(text)
 
 
 def save_array(path: str | os.PathLike, array: Any) -> None:

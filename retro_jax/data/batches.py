@@ -124,6 +124,16 @@ def batches(
   return _iterate(name, split, stream, len(wanted), prefetch)
 
 
+def examples_of_step(name: str, batch_size: int, step: int, seed: int = 0, split: str = 'train'
+                     ) -> list[tuple[str, int]]:
+  """Task and number of the example in each row of a step's global batch: see `batches`."""
+  from retro_jax.data import tasks
+  providers, rates = tasks.parts(name, split)
+  order = ExampleOrder([len(task.source.examples[split]) for task in providers], rates, seed)
+  source, example = order(step * batch_size + np.arange(batch_size))
+  return [(providers[s].name, int(e)) for s, e in zip(source, example)]
+
+
 def evaluation_batches(
     name: str,
     batch_size: int,

@@ -1,14 +1,20 @@
 """Checkpoints: the state under plain names and the position in the data, by Orbax.
 
+A run continues from the newest checkpoint of its own folder; without one its parameters come
+from the initial checkpoint that its settings name, and those that this leaves out, or all,
+from the seed.
+
 Also how a finished model leaves a run: `model.json` beside the checkpoints says what the
 parameters mean, so that evaluation and sampling need the run's folder and nothing else.
 """
 
 import dataclasses
 import json
+import os
+import re
 import shutil
-from collections.abc import Mapping
-from pathlib import Path
+import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,10 +23,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
+from etils import epath
 
-from retro_jax import storage
+from retro_jax import files, storage
 from retro_jax.data.vocabulary import Vocabulary
-from retro_jax.errors import UserError
+from retro_jax.errors import UserError, nearest
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.retro import Parameters, init_parameters
 from retro_jax.training.state import TrainState, from_plain, to_plain
@@ -33,32 +40,74 @@ VOCABULARY = 'vocabulary.model'
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-  """Attributes: save `every` so many steps (and at the end), `keep` the newest so many."""
+  """When checkpoints are saved, which stay, and what a fresh run begins with.
+
+  Attributes:
+    every: steps between checkpoints that are kept; one more at the end of the run.
+    keep: the newest so many of those stay; 0 keeps all.
+    temporary_minutes: between checkpoints that only bridge an interruption: of these the newest
+      stays, until a newer one of any kind is complete. 0 for none.
+    initial: folder of a run or of an exported model whose parameters a fresh run begins with;
+      '' draws them from the seed.
+    assignment: where a fresh run finds its parameters in `initial`: pairs of a regular expression
+      that matches a parameter's whole name and the name to take, with \\1 for groups, or None
+      to draw it from the seed; the first match counts, and without one the name is the same.
+  """
   every: int = 1000
   keep: int = 2
+  temporary_minutes: float = 15.0
+  initial: str = ''
+  assignment: Sequence[tuple[str, str | None]] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kept:
+  """Orbax's policy for what stays: the newest of all, and the newest `keep` of every so many."""
+  every: int
+  keep: int
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    del context
+    steps = [checkpoint.step for checkpoint in checkpoints]
+    regular = [step for step in steps if step % self.every == 0]
+    kept = {*steps[-1:], *(regular[-self.keep:] if self.keep else regular)}
+    return [step in kept for step in steps]
 
 
 class Checkpoints:
-  """The checkpoints of one run; saves in the background, one atomic folder a step."""
+  """The checkpoints of one run; saves in the background, one atomic folder a step.
 
-  def __init__(self, folder: Path, config: CheckpointConfig):
-    self._folder, self._every = folder, config.every
+  A folder gets its name when everything in it is written, so whatever a crash leaves behind
+  is not taken for a checkpoint, and the last good one is deleted only after that.
+  """
+
+  def __init__(self, folder: str, config: CheckpointConfig):
+    self._folder, self._config = folder, config
+    self._saved_at = time.monotonic()
     self._manager = ocp.CheckpointManager(
-        folder.absolute(),
-        options=ocp.CheckpointManagerOptions(max_to_keep=config.keep, create=True))
+        epath.Path(folder).absolute(), options=ocp.CheckpointManagerOptions(
+            preservation_policy=_Kept(config.every, config.keep), create=True))
 
   def is_due(self, step: int, force: bool = False) -> bool:
-    """Whether the policy (or `force`) says so and this step is not there yet."""
-    due = force or step % self._every == 0
-    return due and step not in self._manager.all_steps()
+    """Whether the policy by step (or `force`) says so and this step is not there yet."""
+    due = force or step % self._config.every == 0
+    return due and step != self._manager.latest_step()
+
+  @property
+  def minutes_due(self) -> float:
+    """Above 0 when the policy by time asks for one; by this process's clock."""
+    limit = self._config.temporary_minutes
+    return (time.monotonic() - self._saved_at) / 60 - limit if limit else -1.0
 
   def save(self, state: TrainState, step: int, data: dict[str, Any]) -> None:
-    """Starts saving."""
+    """Starts saving; waits for the save before, if that is still under way."""
     self._manager.save(step, args=ocp.args.Composite(
         state=ocp.args.StandardSave(to_plain(state)), data=ocp.args.JsonSave(data)), force=True)
+    self._saved_at = time.monotonic()
 
-  def restore(self, like: TrainState, data: dict[str, Any]) -> TrainState | None:
-    """The newest state in the shardings of `like`, or None in a fresh run.
+  def restore(self, like: TrainState, data: dict[str, Any]
+              ) -> tuple[TrainState, dict[str, Any]] | None:
+    """The newest state in the shardings of `like` and what was saved as its data, or None.
 
     Raises:
       UserError: the run was trained on other data or in another order than `data` says.
@@ -66,35 +115,97 @@ class Checkpoints:
     step = self._manager.latest_step()
     if step is None:
       return None
-    restored = self._manager.restore(step, args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(to_plain(like)), data=ocp.args.JsonRestore()))
+    saved = self._manager.restore(step, args=ocp.args.Composite(data=ocp.args.JsonRestore())).data
     for name, value in data.items():
-      if name != 'step' and restored.data.get(name) != value:
-        before = restored.data.get(name)
-        raise UserError(f'{self._folder}: was trained with {name} = {before!r}, now {value!r}; '
-                        'use another run_dir or the old setting')
-    return from_plain(restored.state, like)
+      if saved.get(name) != value:
+        raise UserError(f'{self._folder}: was trained with {name} = {saved.get(name)!r}, now '
+                        f'{value!r}; use another run_dir or the old setting')
+    restored = self._manager.restore(step, args=ocp.args.Composite(
+        state=ocp.args.StandardRestore(to_plain(like))))
+    return from_plain(restored.state, like), saved
 
-  def close(self) -> None:
+  def wait(self) -> None:
     """Waits for saves under way."""
     self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    """Waits for saves under way; saves no more."""
+    self.wait()
     self._manager.close()
 
 
-def write_model_description(folder: str | Path, model: RetroConfig,
+def assigned(names: Sequence[str], config: CheckpointConfig) -> dict[str, str]:
+  """Which parameter of `config.initial` each parameter begins as; fresh ones are left out.
+
+  Raises:
+    UserError: an expression that is none, or that matches no parameter.
+  """
+  rules = []
+  for pattern, source in config.assignment:
+    try:
+      rules.append((re.compile(pattern), source))
+    except re.error as error:
+      raise UserError(f'CheckpointConfig.assignment: {pattern!r} is no regular expression '
+                      f'({error})') from None
+    if not any(rules[-1][0].fullmatch(name) for name in names):
+      raise UserError(f'CheckpointConfig.assignment: {pattern!r} matches no parameter of the model'
+                      f'{nearest(pattern, names)}; model-info.txt lists them')
+  sources = {}
+  for name in names:
+    match, source = next(((m, s) for p, s in rules if (m := p.fullmatch(name))), (None, name))
+    if source is not None:
+      sources[name] = match.expand(source) if match else name
+  return sources
+
+
+def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: CheckpointConfig
+                       ) -> Parameters:
+  """Parameters of `config.initial` under the names of `like`, in its shardings.
+
+  Parameters that `assignment` leaves to the seed are not in the result.
+
+  Raises:
+    UserError: no model there, or a parameter that is missing or of another shape.
+  """
+  sources = assigned(list(like), config)
+  folder = epath.Path(config.initial)
+  exported = folder / SAFETENSORS
+  shapes = _exported_shapes(exported) if exported.exists() else _newest_shapes(folder)
+  for name, source in sources.items():
+    if source not in shapes:
+      raise UserError(f'{folder}: holds no parameter {source}{nearest(source, shapes)}, which '
+                      f'{name} is to begin as; see CheckpointConfig.assignment')
+    if tuple(shapes[source]) != like[name].shape:
+      raise UserError(f'{folder}: parameter {source} is {tuple(shapes[source])}, but {name} is '
+                      f'{like[name].shape}; see CheckpointConfig.assignment')
+  # One source may serve several parameters, each of which lies where it belongs.
+  if exported.exists():
+    found = _read_exported(exported)
+    return {name: jax.make_array_from_callback(
+        leaf.shape, leaf.sharding,
+        lambda index, value=found[sources[name]]: np.asarray(value[index], leaf.dtype))
+            for name, leaf in like.items() if name in sources}
+  placed = {sources[name]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+            for name, leaf in like.items() if name in sources}
+  found = _restore_newest(folder, placed)
+  return {name: jax.device_put(found[source], like[name].sharding)
+          for name, source in sources.items()}
+
+
+def write_model_description(folder: str | os.PathLike, model: RetroConfig,
                             vocabulary: Mapping[str, Any]) -> None:
   """Leaves `model.json`: the model's config and which vocabulary its ids belong to."""
-  storage.write_json(Path(folder) / MODEL_JSON,
+  storage.write_json(files.join(folder, MODEL_JSON),
                      {'model': dataclasses.asdict(model), 'vocabulary': dict(vocabulary)})
 
 
-def read_model_description(folder: str | Path) -> tuple[RetroConfig, dict[str, Any]]:
+def read_model_description(folder: str | os.PathLike) -> tuple[RetroConfig, dict[str, Any]]:
   """What `model.json` says, without reading parameters: the config, the vocabulary's facts.
 
   Raises:
     UserError: no model there.
   """
-  path = Path(folder) / MODEL_JSON
+  path = epath.Path(folder) / MODEL_JSON
   try:
     described = json.loads(path.read_text(encoding='utf-8'))
   except FileNotFoundError:
@@ -105,7 +216,7 @@ def read_model_description(folder: str | Path) -> tuple[RetroConfig, dict[str, A
   return RetroConfig(**described['model']), described['vocabulary']
 
 
-def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, Any]]:
+def load_model(folder: str | os.PathLike) -> tuple[RetroConfig, Parameters, dict[str, Any]]:
   """A finished model: config, float32 parameters on the default device, its vocabulary's facts.
 
   Args:
@@ -116,8 +227,9 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
   """
   model, vocabulary = read_model_description(folder)
   expected = jax.eval_shape(lambda: init_parameters(model, jax.random.key(0)))
-  exported = Path(folder) / SAFETENSORS
-  found = _read_exported(exported) if exported.exists() else _read_newest(Path(folder))
+  folder = epath.Path(folder)
+  exported = folder / SAFETENSORS
+  found = _read_exported(exported) if exported.exists() else _read_newest(folder)
   for name, leaf in expected.items():
     if name not in found or found[name].shape != leaf.shape:
       shape = found[name].shape if name in found else 'nothing'
@@ -127,8 +239,9 @@ def load_model(folder: str | Path) -> tuple[RetroConfig, Parameters, dict[str, A
   return model, parameters, vocabulary
 
 
-def export_model(run_dir: str | Path, vocabulary_path: str | Path, folder: str | Path,
-                 facts: Mapping[str, Any], dtype: str = 'float32') -> None:
+def export_model(run_dir: str | os.PathLike, vocabulary_path: str | os.PathLike,
+                 folder: str | os.PathLike, facts: Mapping[str, Any], dtype: str = 'float32'
+                 ) -> None:
   """Writes the newest parameters of a run as one safetensors file, with all it takes to use them.
 
   Args:
@@ -154,28 +267,52 @@ def export_model(run_dir: str | Path, vocabulary_path: str | Path, folder: str |
     shutil.copyfile(vocabulary_path, temporary / VOCABULARY)
 
 
-def _read_exported(path: Path) -> dict[str, np.ndarray]:
+def _read_exported(path: epath.Path) -> dict[str, np.ndarray]:
   try:
     return safetensors.numpy.load_file(path)
   except safetensors.SafetensorError as error:
     raise UserError(f'{path}: damaged ({error}); export the model again') from None
 
 
-def _read_newest(run_dir: Path) -> dict[str, jax.Array]:
-  """The parameters alone, on one device, whatever mesh and number of devices saved them."""
-  folder = run_dir / CHECKPOINTS
-  manager = ocp.CheckpointManager(folder.absolute()) if folder.exists() else None
+def _exported_shapes(path: epath.Path) -> dict[str, Sequence[int]]:
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+      return {name: file.get_slice(name).get_shape() for name in file.keys()}
+  except safetensors.SafetensorError as error:
+    raise UserError(f'{path}: damaged ({error}); export the model again') from None
+
+
+def _newest_state(run_dir: epath.Path) -> epath.Path:
+  """The state's folder in a run's newest checkpoint."""
+  folder = (run_dir / CHECKPOINTS).absolute()
+  manager = ocp.CheckpointManager(folder) if folder.exists() else None
   step = manager.latest_step() if manager else None
+  if manager:
+    manager.close()
   if step is None:
     raise UserError(f'{run_dir}: holds no finished checkpoint; train first')
-  manager.close()
-  handler = ocp.PyTreeCheckpointer()
-  path = folder.absolute() / str(step) / 'state'
-  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  stored = handler.metadata(path).item_metadata.tree['parameters']
-  wanted = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-            for name, leaf in stored.items()}
-  restored = handler.restore(path, args=ocp.args.PyTreeRestore(
+  return folder / str(step) / 'state'
+
+
+def _newest_shapes(run_dir: epath.Path) -> dict[str, Sequence[int]]:
+  tree = ocp.PyTreeCheckpointer().metadata(_newest_state(run_dir)).item_metadata.tree
+  return {name: leaf.shape for name, leaf in tree['parameters'].items()}
+
+
+def _restore_newest(run_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+                    ) -> dict[str, jax.Array]:
+  """Some parameters of a run's newest checkpoint, whatever mesh and processes saved them."""
+  wanted = dict(wanted)
+  restored = ocp.PyTreeCheckpointer().restore(_newest_state(run_dir), args=ocp.args.PyTreeRestore(
       item={'parameters': wanted}, partial_restore=True,
       restore_args={'parameters': ocp.checkpoint_utils.construct_restore_args(wanted)}))
   return restored['parameters']
+
+
+def _read_newest(run_dir: epath.Path) -> dict[str, jax.Array]:
+  """All parameters of the newest checkpoint, on one device."""
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  tree = ocp.PyTreeCheckpointer().metadata(_newest_state(run_dir)).item_metadata.tree
+  return _restore_newest(run_dir, {
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+      for name, leaf in tree['parameters'].items()})

@@ -1,30 +1,41 @@
-"""The training loop: mesh, data, state, restore, then step after step.
+"""The training loop: processes, data, mesh, state, restore, then step after step.
 
 The loop reads top-down in those stages, and notes each in the log so that a hung job
 says where. What happens inside a step is in step.py; which examples a step sees, in
-data/batches.py.
+data/batches.py; what ends a run early, in faults.py and distributed.py.
 """
 
 import dataclasses
-import time
-from collections.abc import Mapping
-from pathlib import Path
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
-from retro_jax import storage
+from retro_jax import files, storage
 from retro_jax.data import batches, records
-from retro_jax.errors import UserError
+from retro_jax.errors import Preempted, UserError
 from retro_jax.evaluation import bits_per_byte
+from retro_jax.models import flops
 from retro_jax.models.config import RetroConfig
-from retro_jax.progress import duration
-from retro_jax.training import checkpoints, optimizer, partitioning, state, step
+from retro_jax.training import (
+  checkpoints,
+  distributed,
+  faults,
+  optimizer,
+  partitioning,
+  state,
+  step,
+)
 from retro_jax.training.checkpoints import CheckpointConfig
+from retro_jax.training.distributed import DistributedConfig
 from retro_jax.training.metrics import MetricWriter
 from retro_jax.training.optimizer import OptimizerConfig
 from retro_jax.training.partitioning import MeshConfig, ShardingRules
+from retro_jax.training.telemetry import Telemetry
+
+# Steps in a row that may be skipped for numbers that are no numbers before a run stops.
+_SKIPPED_IN_A_ROW = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,22 +56,30 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-  """How long, and how often something is told.
+  """How long, how it is computed, and how often something is told.
 
   Attributes:
     steps: in all; the learning-rate schedule ends there.
     batch_size: sequences in a global batch.
+    microbatches: parts of a batch computed one after the other (gradient accumulation).
     seed: of the initial parameters.
+    skip_spikes: do not take steps whose loss is beyond mean + 6 deviations of the last 128.
     log_every: steps between rows of metrics.
     evaluate_every: steps between scores of the validation examples; 0 for never.
     evaluate_examples: how many sequences of them to score.
+    peak_tflops: of one device at the compute dtype, for MFU; 0 when not known.
+    profile_steps: (first, last) step to profile, for TensorBoard; () for none.
   """
   steps: int = 800_000
   batch_size: int = 256
+  microbatches: int = 1
   seed: int = 0
+  skip_spikes: bool = False
   log_every: int = 50
   evaluate_every: int = 0
   evaluate_examples: int = 256
+  peak_tflops: float = 0.0
+  profile_steps: Sequence[int] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +93,7 @@ class TrainJob:
   mesh: MeshConfig = MeshConfig()
   rules: ShardingRules = ShardingRules()
   checkpoints: CheckpointConfig = CheckpointConfig()
+  distributed: DistributedConfig = DistributedConfig()
 
 
 def train(job: TrainJob) -> dict[str, float]:
@@ -84,71 +104,152 @@ def train(job: TrainJob) -> dict[str, float]:
 
   Raises:
     UserError: settings and data that do not fit each other, or another run's folder.
+    ProcessMissing: not all processes of the job came.
+    Preempted: SIGTERM came, and a checkpoint was saved.
+    Diverged: NaN or infinity in loss, gradients, updates or parameters.
   """
-  config, model, run_dir = job.training, job.model, Path(job.run_dir)
+  distributed.join(job.distributed)
+  preemption = distributed.Preemption()
+  try:
+    return _train(job, preemption)
+  finally:
+    preemption.close()
+
+
+def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float]:
+  config, model, run_dir = job.training, job.model, job.run_dir
 
   # ------------------------------------------------------------------------------ data
   data = _register(job)
   _check(job, data)
   mesh = partitioning.make_mesh(job.mesh)
+  _check_batch(config, mesh)
   rows = batches.rows_of_process(mesh, config.batch_size)
 
   # ----------------------------------------------------------------------------- state
-  note(f'mesh {dict(mesh.shape)}; {len(jax.devices())} {jax.devices()[0].platform} devices')
-  update_rule = optimizer.make_optimizer(job.optimizer, config.steps)
+  note(f'mesh {dict(mesh.shape)}; {len(jax.devices())} {jax.devices()[0].platform} devices in '
+       f'{jax.process_count()} processes')
+  update_rule = optimizer.make_optimizer(job.optimizer, config.steps, config.skip_spikes)
   abstract = state.abstract_state(model, update_rule, job.rules, mesh)
-  run_dir.mkdir(parents=True, exist_ok=True)
-  checkpoints.write_model_description(run_dir, model, data.vocabulary)
-  with storage.atomic_file(run_dir / 'model-info.txt') as f:
-    f.write(state.sharding_table(model, abstract) + '\n')
-  saved = checkpoints.Checkpoints(run_dir / checkpoints.CHECKPOINTS, job.checkpoints)
+  partitioning.check_sharded(abstract.parameters, mesh, job.mesh.unsharded_share)
+  if jax.process_index() == 0:
+    checkpoints.write_model_description(run_dir, model, data.vocabulary)
+    storage.write_text(files.join(run_dir, 'model-info.txt'),
+                       state.sharding_table(model, abstract) + '\n')
+  saved = checkpoints.Checkpoints(files.join(run_dir, checkpoints.CHECKPOINTS), job.checkpoints)
   position = {'data': data.fingerprint, 'seed': job.data.seed, 'batch_size': config.batch_size,
               'steps': config.steps}
-  current = saved.restore(abstract, position)
-  if current is None:
-    note(f'fresh parameters from seed {config.seed}')
-    current = state.init_state(model, update_rule, config.seed, abstract)
+  current, carried = _begin(job, update_rule, abstract, saved, position)
   first = int(current.step)
   note(f'starting at step {first:,} of {config.steps:,}')
 
   # ------------------------------------------------------------------------------ loop
-  placed = state.shardings(abstract)
   train_step = step.make_train_step(
-      model, update_rule, optimizer.schedule(job.optimizer, config.steps), mesh, abstract)
-  evaluate = _Validation(job, mesh, placed.parameters)
+      model, update_rule, optimizer.schedule(job.optimizer, config.steps), mesh, abstract,
+      job.rules, config.microbatches)
+  evaluate = _Validation(job, mesh, state.shardings(abstract).parameters)
   writer = MetricWriter(run_dir, first)
+  tokens = config.batch_size * data.shape.sequence_length
+  telemetry = Telemetry(
+      run_dir, first, config.steps,
+      flops.training_flops(model, config.batch_size, data.shape.sequence_length) / tokens,
+      config.peak_tflops * 1e12 * mesh.size, carried)
+  watch = faults.Watch(
+      run_dir, sorted(abstract.parameters), lambda number: {'examples': batches.examples_of_step(
+          'train', config.batch_size, number - 1, job.data.seed)},
+      _SKIPPED_IN_A_ROW if config.skip_spikes else 0)
+  profile = _Profile(config.profile_steps, files.join(run_dir, 'tensorboard'))
   inputs = step.batch_inputs(model)
   stream = batches.batches('train', config.batch_size, seed=job.data.seed, start_step=first,
                            num_steps=max(config.steps - first, 0), rows=rows)
   last: dict[str, float] = {}
   pending: tuple[int, dict[str, jax.Array]] | None = None
-  speed = _Speed(first, config.steps)
 
   def report() -> None:
     nonlocal last, pending
+    watch.look()
     if pending is not None:
-      last = _fetch(pending[1]) | speed.measure(pending[0], pending[1]['tokens'])
-      writer.write(pending[0], last)
-      note(speed.line(pending[0], last))
+      number, metrics = pending
+      last = _fetch(metrics)
+      last |= telemetry.measure(number, last['tokens'])
+      writer.write(number, last)
+      note(telemetry.line(number, last))
       pending = None
 
-  for number, batch in enumerate(stream, start=first + 1):
-    batch = batches.to_global({name: batch[name] for name in inputs}, mesh)
-    current, metrics = train_step(current, batch)
-    report()  # the step before has ended by now, or nearly: reading it does not stall this one
-    if number % config.log_every == 0 or number == config.steps:
-      pending = (number, metrics)
-    if evaluate.is_due(number):
-      with speed.paused():
-        scores = evaluate(current.parameters)
-      writer.write(number, scores)
-      note(f'step {number:,}: ' + ', '.join(f'{k} {v:.4f}' for k, v in scores.items()))
-    if saved.is_due(number, force=number == config.steps):
-      report()  # a run that continues from this checkpoint will not come by this row again
-      saved.save(current, number, position | {'step': number})
-  saved.close()
-  writer.close()
+  try:
+    for number in range(first + 1, config.steps + 1):
+      profile.before(number)
+      with telemetry.waiting_for('input'):
+        batch = next(stream)
+      batch = batches.to_global({name: batch[name] for name in inputs}, mesh)
+      current, metrics = train_step(current, batch)
+      report()  # the step before has ended by now, or nearly: reading it does not stall this one
+      watch.expect(number, metrics)
+      logged = number % config.log_every == 0 or number == config.steps
+      if logged:
+        pending = number, metrics
+      if evaluate.is_due(number):
+        with telemetry.waiting_for('evaluation'):
+          scores = evaluate(current.parameters)
+        writer.write(number, scores)
+        note(f'step {number:,}: ' + ', '.join(f'{k} {v:.4f}' for k, v in scores.items()))
+      stopping = preemption.after(number) and number < config.steps
+      # Clocks differ between processes, so that of process 0 counts; asked only now and then.
+      timely = logged and job.checkpoints.temporary_minutes and distributed.agreed(
+          saved.minutes_due) > 0
+      if saved.is_due(number, force=bool(stopping or timely or number == config.steps)):
+        report()  # a run that continues from here will not come by this row again
+        with telemetry.waiting_for('checkpoint'):
+          saved.save(current, number, position | {'step': number} | telemetry.carried())
+      if stopping:
+        saved.wait()
+        raise Preempted(f'SIGTERM; saved step {number:,} of {config.steps:,} in {run_dir}; '
+                        'start the same command again to go on')
+  finally:
+    profile.close()
+    saved.close()
+    writer.close()
+    telemetry.close()
   return last
+
+
+def _begin(job: TrainJob, update_rule: Any, abstract: state.TrainState,
+           saved: checkpoints.Checkpoints, position: Mapping[str, Any]
+           ) -> tuple[state.TrainState, Mapping[str, Any]]:
+  """The newest checkpoint of the run, else the initial one, else the seed; and what it carries."""
+  found = saved.restore(abstract, dict(position))
+  if found is not None:
+    note(f'continuing from the checkpoint of step {int(found[0].step):,}')
+    return found
+  fresh = state.init_state(job.model, update_rule, job.training.seed, abstract)
+  if not job.checkpoints.initial:
+    note(f'fresh parameters from seed {job.training.seed}')
+    return fresh, {}
+  taken = checkpoints.initial_parameters(abstract.parameters, job.checkpoints)
+  note(f'{len(taken)} of {len(abstract.parameters)} parameters from {job.checkpoints.initial}, the '
+       f'others fresh from seed {job.training.seed}')
+  return dataclasses.replace(fresh, parameters={**fresh.parameters, **taken}), {}
+
+
+class _Profile:
+  """A trace of some steps, for TensorBoard's profiler."""
+
+  def __init__(self, steps: Sequence[int], folder: str):
+    self._steps, self._folder, self._running = tuple(steps), folder, False
+
+  def before(self, number: int) -> None:
+    """Starts or ends the trace ahead of step `number`."""
+    if self._steps and number == self._steps[0]:
+      jax.profiler.start_trace(self._folder)
+      self._running = True
+    elif self._running and number > self._steps[-1]:
+      self.close()
+
+  def close(self) -> None:
+    if self._running:
+      jax.profiler.stop_trace()
+      self._running = False
+      note(f'profile of steps {self._steps[0]:,} to {self._steps[-1]:,} in {self._folder}')
 
 
 def note(message: str) -> None:
@@ -198,8 +299,19 @@ def _check(job: TrainJob, data: _Data) -> None:
                     f'RetroConfig.vocab_size = {job.model.vocab_size}; raise it')
 
 
+def _check_batch(config: TrainingConfig, mesh: jax.sharding.Mesh) -> None:
+  steps = tuple(config.profile_steps)
+  if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
+    raise UserError(f'TrainingConfig.profile_steps = {steps}, expected (first, last) or ()')
+  ways = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp')) * config.microbatches
+  if config.microbatches < 1 or config.batch_size % ways:
+    raise UserError(f'batch size {config.batch_size} does not divide over data x fsdp x '
+                    f'microbatches = {ways}; choose a multiple of {ways}')
+
+
 def _fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
-  return {name: float(value) for name, value in jax.device_get(metrics).items()}
+  return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()
+          if name != 'squares'}
 
 
 class _Validation:
@@ -232,40 +344,3 @@ class _Validation:
                                   self._mesh)
       scores[name] = score.bits_per_byte
     return scores
-
-
-class _Speed:
-  """Tokens a second and time left, leaving out compilation and validation."""
-
-  def __init__(self, first: int, last: int):
-    self._last_step = last
-    self._mark = first + 1  # the first step compiles
-    self._time: float | None = None
-
-  def paused(self) -> '_Speed':
-    return self
-
-  def __enter__(self) -> None:
-    self._pause = time.monotonic()
-
-  def __exit__(self, *unused: Any) -> None:
-    if self._time is not None:
-      self._time += time.monotonic() - self._pause
-
-  def measure(self, number: int, tokens: jax.Array) -> dict[str, float]:
-    """`tokens_per_second` and `seconds_per_step` since the last call."""
-    now = time.monotonic()
-    before, self._time = self._time, now
-    steps, self._mark = number - self._mark, number
-    if before is None or steps < 1:
-      return {}
-    seconds = (now - before) / steps
-    return {'seconds_per_step': seconds, 'tokens_per_second': float(tokens) / seconds}
-
-  def line(self, number: int, metrics: Mapping[str, float]) -> str:
-    line = (f'step {number:,}/{self._last_step:,} loss {metrics["loss"]:.3f} '
-            f'bits/byte {metrics["bits_per_byte"]:.3f} gradient {metrics["gradient_norm"]:.2f}')
-    if 'tokens_per_second' in metrics:
-      left = (self._last_step - number) * metrics['seconds_per_step']
-      line += f' {np.round(metrics["tokens_per_second"]):,.0f} tokens/s, {duration(left)} left'
-    return line

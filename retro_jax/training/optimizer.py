@@ -4,6 +4,8 @@ import dataclasses
 
 import optax
 
+from retro_jax.training.spikes import skip_spikes as skipping_spikes
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
@@ -39,11 +41,13 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       end_value=config.final_fraction * config.peak_learning_rate)
 
 
-def make_optimizer(config: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-  """The whole update rule, over a flat dict of parameters."""
+def make_optimizer(config: OptimizerConfig, total_steps: int, skip_spikes: bool = False
+                   ) -> optax.GradientTransformation:
+  """The whole update rule, over a flat dict of parameters; `skip_spikes` as in spikes.py."""
   is_matrix = lambda name: not name.endswith(('.scale', '_bias'))
-  return optax.chain(
+  rule = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(schedule(config, total_steps), b1=config.beta1, b2=config.beta2,
                   eps=config.epsilon, weight_decay=config.weight_decay,
                   mask=lambda parameters: {name: is_matrix(name) for name in parameters}))
+  return skipping_spikes(rule) if skip_spikes else rule

@@ -27,10 +27,13 @@ class MeshConfig:
     data: replicas of the parameters, each with its own examples.
     fsdp: examples and parameters both sharded (ZeRO-3).
     tensor: heads, feed-forward columns and vocabulary rows sharded.
+    unsharded_share: of the parameters, that may lie whole on every device of fsdp x tensor
+      before a run refuses to start: more means that a rule is missing.
   """
   data: int = 1
   fsdp: int = -1
   tensor: int = 1
+  unsharded_share: float = 0.05
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -99,6 +102,26 @@ def parameter_shardings(
   """One `NamedSharding` a parameter, by name."""
   return {name: NamedSharding(mesh, rules.spec(name, axes[name], shapes[name].shape, mesh))
           for name in shapes}
+
+
+def check_sharded(parameters: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh,
+                  allowed: float) -> None:
+  """Refuses a placement that leaves more than `allowed` of the parameters whole everywhere.
+
+  Raises:
+    UserError: it does; names the largest of them.
+  """
+  if mesh.shape['fsdp'] * mesh.shape['tensor'] == 1:
+    return  # nothing to shard over
+  whole = {name: leaf.size for name, leaf in parameters.items()
+           if leaf.sharding.is_fully_replicated}
+  share = sum(whole.values()) / sum(leaf.size for leaf in parameters.values())
+  if share > allowed:
+    largest = max(whole, key=whole.get)
+    raise UserError(
+        f'{share:.1%} of the parameters lie whole on every device ({largest} is the largest), '
+        f'MeshConfig.unsharded_share allows {allowed:.1%}; give their axes a mesh axis in '
+        'ShardingRules, or allow more')
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

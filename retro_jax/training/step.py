@@ -18,6 +18,7 @@ from retro_jax.models import placement, retro
 from retro_jax.models.config import RetroConfig
 from retro_jax.training import partitioning
 from retro_jax.training.partitioning import ShardingRules
+from retro_jax.training.spikes import SpikeState
 from retro_jax.training.state import TrainState, shardings
 
 Batch = Mapping[str, jax.Array]
@@ -65,7 +66,8 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
   Metrics, float32 scalars: `loss` in nats a token, `bits_per_byte`, `gradient_norm`
-  before clipping, `learning_rate`, `tokens` with a target. Beside them, for the watch on
+  before clipping, `learning_rate`, `tokens` with a target, and `skipped_steps` of an optimizer
+  that skips spikes. Beside them, for the watch on
   numbers that are no numbers (training/faults.py): `squares`, float32 [3, parameters], the
   sums of squares of gradients, updates and new parameters, parameter by parameter.
 
@@ -106,6 +108,8 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
         'tokens': targets,
         'squares': squares,
     }
+    if isinstance(optimizer_state, SpikeState):
+      metrics['skipped_steps'] = optimizer_state.skipped.astype(jnp.float32)
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
   placed = shardings(abstract)

@@ -134,10 +134,10 @@ def test_metrics_have_each_step_once_and_the_same_values(runs):
   assert straight[0][0] > straight[-1][0] and len(set(straight)) == STEPS
 
 
-def test_checkpoints_kept_are_the_newest(runs):
+def test_checkpoints_kept_are_the_newest_regular_ones_and_the_last(runs):
   for job in runs[:2]:
     steps = sorted(int(p.name) for p in (Path(job.run_dir) / 'checkpoints').iterdir())
-    assert steps == [6, 8]
+    assert steps == [3, 6, 8]
 
 
 def test_finished_run_has_nothing_to_do(runs):
