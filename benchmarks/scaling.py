@@ -236,7 +236,7 @@ def picture(path: str, rows: list[dict[str, Any]]) -> None:
               'k:', label='linear')
   left.set(xlabel='chunks', ylabel='CPU seconds', title='Time')
   right.set(xlabel='chunks', ylabel='GiB', title='Peak memory of the process', ylim=(0, None))
-  left.legend()
+  left.legend(loc='lower right')
   figure.savefig(path, dpi=120)
 
 
