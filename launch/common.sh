@@ -4,7 +4,7 @@
 # shellcheck source=launch/exit_codes.sh
 source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
 
-DRY_RUN=''
+DRY_RUN='' CALLED=''
 exec 3>&1  # where --dry_run prints, also from within $(...)
 
 say() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
@@ -39,7 +39,10 @@ call() {
     printf 'timeout --kill-after=10 %s %s\n' "$seconds" "$(quoted "$@")" >&3
     return 0
   fi
-  timeout --kill-after=10 "$seconds" "$@" || code=$?
+  # In the background, so that a trap of the caller does not wait until the command ends.
+  timeout --kill-after=10 "$seconds" "$@" </dev/null &
+  CALLED="$!"
+  wait "$CALLED" || code=$?
   if [[ $code -eq 124 || $code -eq 137 ]]; then
     say "no answer within $seconds s: $(quoted "$@" | cut -c 1-160)"
   fi
