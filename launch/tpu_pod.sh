@@ -377,7 +377,7 @@ watch_run() {
         : "${first:=$SECONDS}"
         if [[ $((SECONDS - first)) -ge $grace ]]; then
           say "$running workers run $grace s after another ended; ending them"
-          grace=30 end_all
+          end_all
         fi
       fi
     else
@@ -439,7 +439,8 @@ finish() {
 
 train() {
   local code failures=0 relaunches=0 reached=-1 step
-  trap 'say "no longer watching; the run goes on on its workers: train watches it again, stop ends it"; kill "${CALLED:-}" 2>/dev/null; exit 130' INT
+  exec 4>&2  # the trap may come where 2 leads to a file
+  trap 'say "no longer watching; the run goes on on its workers: train watches it again, stop ends it" 2>&4; kill "${CALLED:-}" 2>/dev/null; exit 130' INT
   make_archive
   while :; do
     ensure_slice
@@ -480,14 +481,15 @@ train() {
 
 status() {
   local step
+  if [[ -n "$DRY_RUN" ]]; then exec >/dev/null; fi  # 3 is where the commands go
   printf 'slice    %s\n' "$(described queued-resources state.state)"
   printf 'node     %s\n' "$(described tpu-vm state)"
   step="$(latest_step)"
   if [[ -n "$run_dir" ]]; then printf 'saved    %s\n' "${step:-no checkpoint in $run_dir}"; fi
   count_workers || return
   look || true
-  printf 'workers  %s: %s running; ended with: %s\n' "$expected" "$running" \
-    "$(printf '%s\n' "${ended[@]:-none}" | cut -d ' ' -f 1 | sort | uniq -c | tr -s ' \n' ' ')"
+  local codes=("${ended[@]%% *}")
+  printf 'workers  %s: %s running%s\n' "$expected" "$running" "${codes:+, ended with ${codes[*]}}"
 }
 
 stop() {

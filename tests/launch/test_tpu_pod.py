@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -28,8 +29,9 @@ class Pod:
     self.commit()
     # TPUs' images have a Python that is too old; here it must not be looked for in the network.
     (folder / 'bin').mkdir()
-    (folder / 'bin' / 'python3.11').write_text('#!/bin/sh\nexit 0\n')
-    (folder / 'bin' / 'python3.11').chmod(0o755)
+    for name, content in (('python3.11', 'exit 0'), ('python3', f'exec {sys.executable} -S "$@"')):
+      (folder / 'bin' / name).write_text(f'#!/bin/sh\n{content}\n')
+      (folder / 'bin' / name).chmod(0o755)
     self.variables = {
         'PATH': f'{STUB}:{folder / "bin"}:{os.environ["PATH"]}', 'STUB': str(self.folder),
         'STUB_BIN': str(STUB), 'TMPDIR': str(folder), 'RETRO_POLL_SECONDS': '0.1',
@@ -97,7 +99,7 @@ def test_train_from_nothing_to_the_end(pod):
   assert 'still there and costs money' in result.stderr
   assert 'attempt 0 on worker 1: 0' in pod.call('logs', '--worker', 'all').stdout
   status = pod.call('status', '--bucket', 'gs://b').stdout
-  assert 'ACTIVE' in status and '0 running; ended with: 2 0' in status, status
+  assert 'ACTIVE' in status and '2: 0 running, ended with 0 0' in status, status
 
 
 @pytest.mark.parametrize('code, words', [(2, 'bad input'), (70, 'not finite')])
@@ -191,21 +193,31 @@ def test_stop_saves_and_ends_train_without_another_try(pod):
 
 def test_the_run_outlives_the_launcher_and_is_found_again(pod):
   pod.set('plan', 'run run\n0 0')
-  process = start_train(pod)
-  process.send_signal(signal.SIGINT)
-  _, err = process.communicate(timeout=30)
-  assert process.returncode == 130 and 'goes on on its workers' in err, err
-  again = subprocess.Popen(
-      ['launch/tpu_pod.sh', 'train', *FLAGS, *TRAINING], cwd=pod.root, text=True,
-      stderr=subprocess.PIPE, env={**os.environ, **pod.variables})
-  assert 'watching it' in ''.join(iter(lambda: again.stderr.readline(), '')
-                                  if False else [next(l for l in again.stderr if 'watch' in l)])
-  assert len(pod.attempts()) == 1
+  first = start_train(pod)
+  first.send_signal(signal.SIGINT)
+  _, err = first.communicate(timeout=30)
+  assert first.returncode == 130 and 'goes on on its workers' in err, err
   busy = pod.call('run')
-  assert busy.returncode == 2 and 'runs already' in busy.stderr
+  assert busy.returncode == 2 and 'runs already' in busy.stderr, busy.stderr
+  second = start_train(pod)
+  assert 'runs already on 2 of 2 workers; watching it' in [
+      next(line for line in second.stderr if 'runs already' in line)][0]
   pod.call('stop')
-  again.communicate(timeout=30)
-  assert again.returncode == 75
+  second.communicate(timeout=30)
+  assert second.returncode == 75 and len(pod.attempts()) == 1
+
+
+def test_a_gcloud_that_hangs_during_the_run_leaves_it_running(pod):
+  pod.set('plan', 'run run\n0 0')
+  process = start_train(pod, RETRO_REACH_SECONDS='2', RETRO_ASK_SECONDS='0.5', RETRO_UNREACHABLE='2')
+  time.sleep(0.5)  # past its start
+  pod.set('hang-ssh')
+  pod.set('hang-describe')
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 69 and 'call train again' in err, err
+  for verb in ('ssh', 'describe'):
+    (pod.folder / f'hang-{verb}').unlink()
+  assert '2: 2 running' in pod.call('status').stdout
 
 
 @pytest.mark.parametrize('code', [2, 69])
@@ -234,18 +246,11 @@ def test_a_gcloud_that_hangs_is_given_up(pod, verb):
 
 
 def test_an_ssh_that_hangs_is_given_up(pod):
-  pod.set('plan', 'run run')
-  process = start_train(pod, RETRO_REACH_SECONDS='1.5', RETRO_GRACE_SECONDS='1')
   pod.set('hang-ssh')
-  pod.set('hang-describe')
-  pod.set('plan', 'run run\n0 0')
-  process.communicate(timeout=1) if process.poll() is not None else None
-  (pod.folder / 'hang-describe').unlink()
-  time.sleep(3)
-  (pod.folder / 'hang-ssh').unlink()
-  pod.call('stop')
-  _, err = process.communicate(timeout=60)
-  assert 'no answer within 1.5 s' in err and process.returncode in (0, 75), err
+  result = pod.call('train', '--max_relaunches', '1', RETRO_REACH_SECONDS='1',
+                    RETRO_INSTALL_SECONDS='1')
+  assert result.returncode == 69 and 'no answer within 1 s' in result.stderr, result.stderr
+  assert 'install: 0 of 2 workers answered' in result.stderr
 
 
 def test_a_request_that_gcloud_refuses(pod):
