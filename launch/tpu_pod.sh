@@ -220,6 +220,9 @@ ensure_slice() {
         # gcloud's own 2 is a wrong flag: trying again will not help.
         [[ $code -ne 2 ]] || die "$EXIT_BAD_INPUT" 'gcloud refused the request; see above' ;;
       unknown)
+        if grep -q 'active account' "$scratch/error"; then
+          bad 'gcloud is not logged in: gcloud auth login'
+        fi
         silent=$((silent + 1))
         [[ $silent -lt $patience ]] || die "$EXIT_WORKER_LOST" \
           "gcloud gave no answer $silent times; see above, then the network and gcloud auth login" ;;

@@ -40,7 +40,14 @@ preflight() {
   return "$code"
 }
 
-alive() { [[ -e "$run/pid" ]] && kill -0 "$(<"$run/pid")" 2>/dev/null; }
+# The shell around the run lives; after a reboot its number may be another process's.
+alive() {
+  local pid
+  [[ -e "$run/pid" && ! -e "$run/exit" ]] || return
+  pid="$(<"$run/pid")"
+  kill -0 "$pid" 2>/dev/null || return
+  [[ ! -r "/proc/$pid/cmdline" || "$(tr '\0' ' ' <"/proc/$pid/cmdline")" == *" around $run "* ]]
+}
 
 # In a session of its own, so that it outlives the ssh connection. The shell around it only waits
 # and writes the exit code; a SIGTERM for all processes (the machine stops) does not end it early.
