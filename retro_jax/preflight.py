@@ -12,6 +12,7 @@ import shutil
 import socket
 import sys
 import time
+import urllib.request
 import uuid
 from collections.abc import Callable, Sequence
 from importlib import metadata
@@ -119,6 +120,27 @@ def check_disk(folder: str, gigabytes: float) -> str:
   return f'{free:.0f} GB free in {folder}'
 
 
+def metadata_of_slice(name: str) -> str | None:
+  """What a Cloud TPU's metadata server says, where JAX too reads it; None elsewhere."""
+  server = os.environ.get('GCE_METADATA_IP', 'metadata.google.internal')
+  request = urllib.request.Request(
+      f'http://{server}/computeMetadata/v1/instance/attributes/{name}',
+      headers={'Metadata-Flavor': 'Google'})
+  for _ in range(3):
+    with contextlib.suppress(OSError), urllib.request.urlopen(request, timeout=5) as response:
+      return response.read().decode().strip()
+  return None
+
+
+def workers_of_slice() -> tuple[list[str], int | None]:
+  """(addresses of all workers, which of them this is), as the metadata server says."""
+  # An address each, or name:number:address.
+  said = metadata_of_slice('worker-network-endpoints') or ''
+  hosts = [entry.rsplit(':', 1)[-1].strip() for entry in said.split(',') if entry.strip()]
+  number = metadata_of_slice('agent-worker-number') if hosts else None
+  return hosts, int(number) if number and number.isdigit() else None
+
+
 def own_number(hosts: Sequence[str], number: int | None) -> int:
   """Which of `hosts` this is: as given, as TPU_WORKER_ID says, or whose address is ours.
 
@@ -196,21 +218,28 @@ def main(argv: Sequence[str] | None = None) -> int:
                                    formatter_class=argparse.RawDescriptionHelpFormatter)
   parser.add_argument('--run_dir', default='', help='the run folder, on a disk or in a bucket')
   parser.add_argument('--hosts', help='addresses of all workers in order, comma-separated '
-                      '(default: $TPU_WORKER_HOSTNAMES, else this worker is alone)')
+                      '(default: $TPU_WORKER_HOSTNAMES, with --tpu the metadata server\'s, '
+                      'else this worker is alone)')
   parser.add_argument('--process_id', type=int, help='which of them this is')
   parser.add_argument('--port', type=int, default=COORDINATOR_PORT, help='the coordinator\'s port')
   parser.add_argument('--seconds', type=float, default=120, help='to wait for the other workers')
   parser.add_argument('--min_free_gb', type=float, default=10, help='in the home folder')
-  parser.add_argument('--tpu', action='store_true', help='libtpu must be installed')
+  parser.add_argument('--tpu', action='store_true', help='this is a TPU\'s worker: it needs libtpu')
   options = parser.parse_args(argv)
   named = os.environ.get('TPU_WORKER_HOSTNAMES', '') if options.hosts is None else options.hosts
   hosts = [host.strip() for host in named.split(',') if host.strip()]
 
   def workers() -> str:
-    if not hosts:
+    everybody, number = hosts, options.process_id
+    if not everybody and options.tpu:
+      everybody, found = workers_of_slice()
+      number = found if number is None else number
+      if not everybody:
+        raise Failed('neither TPU_WORKER_HOSTNAMES nor the metadata server names the workers; '
+                     'give --hosts and --process_id')
+    if not everybody:
       return 'only one worker is known; --hosts names them'
-    return check_workers(hosts, own_number(hosts, options.process_id), options.port,
-                         options.seconds)
+    return check_workers(everybody, own_number(everybody, number), options.port, options.seconds)
 
   # The others wait for this worker: they are told it is there before slower checks.
   checks: dict[str, Callable[[], str]] = {

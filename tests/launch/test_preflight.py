@@ -1,5 +1,6 @@
 """The checks on a worker, good and bad; workers meet over real sockets."""
 
+import http.server
 import socket
 import subprocess
 import sys
@@ -118,6 +119,29 @@ def test_which_worker_this_is(monkeypatch):
     preflight.own_number(['203.0.113.1', '203.0.113.2'], None)
   monkeypatch.setenv('TPU_WORKER_ID', '0')
   assert preflight.own_number(['203.0.113.1', '127.0.0.1'], None) == 0
+
+
+@pytest.mark.parametrize('endpoints', ['10.0.0.7,127.0.0.1', 'a:1:10.0.0.7,b:2:127.0.0.1'])
+def test_a_tpu_asks_the_metadata_server(monkeypatch, endpoints):
+  said = {'worker-network-endpoints': endpoints, 'agent-worker-number': '1'}
+
+  class Server(http.server.BaseHTTPRequestHandler):
+
+    def do_GET(self):
+      assert self.headers['Metadata-Flavor'] == 'Google'
+      self.send_response(200)
+      self.end_headers()
+      self.wfile.write(said[self.path.rpartition('/')[2]].encode())
+
+    def log_message(self, *_):
+      pass
+
+  with http.server.HTTPServer(('127.0.0.1', 0), Server) as server:
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv('GCE_METADATA_IP', f'127.0.0.1:{server.server_port}')
+    assert preflight.workers_of_slice() == (['10.0.0.7', '127.0.0.1'], 1)
+    server.shutdown()
+  assert preflight.workers_of_slice() == ([], None)
 
 
 def test_the_port_is_that_of_jax():
