@@ -209,7 +209,9 @@ ensure_slice() {
     if [[ "$state" != "$before" ]]; then say "slice $name is $state"; before="$state"; fi
     case "$state" in
       ready) return ;;
-      gone) delete_slice ;;
+      gone)
+        say "gcloud says: $(described queued-resources state); deleting what is left of it"
+        delete_slice ;;
       absent)
         requests=$((requests + 1))
         [[ $requests -le $((max_failures + 1)) ]] || die "$EXIT_WORKER_LOST" \

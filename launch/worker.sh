@@ -21,13 +21,15 @@ find_python() {
     if command -v "$candidate" >/dev/null && "$candidate" -c 'import ensurepip, venv' 2>/dev/null
     then echo "$candidate"; return; fi
   done
-  python3 -m pip install --quiet --user uv >&2
+  # Newer systems let pip install nothing without this; older pips do not know it.
+  PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv >&2
   python3 -m uv python install --quiet 3.11 >&2
   python3 -m uv python find --managed-python 3.11
 }
 
 install() {
   local python code=0
+  command -v make >/dev/null || sudo -n apt-get install -y -qq make || true
   { python="$(find_python)" && make environment EXTRAS=tpu PYTHON="$python"; } || code=$?
   answer install "$code"
   return "$code"

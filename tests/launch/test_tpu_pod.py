@@ -200,8 +200,8 @@ def test_the_run_outlives_the_launcher_and_is_found_again(pod):
   busy = pod.call('run')
   assert busy.returncode == 2 and 'runs already' in busy.stderr, busy.stderr
   second = start_train(pod)
-  assert 'runs already on 2 of 2 workers; watching it' in [
-      next(line for line in second.stderr if 'runs already' in line)][0]
+  watching = next(line for line in second.stderr if 'runs already' in line)
+  assert 'on 2 of 2 workers; watching it' in watching
   pod.call('stop')
   second.communicate(timeout=30)
   assert second.returncode == 75 and len(pod.attempts()) == 1
@@ -267,6 +267,20 @@ def test_a_slice_that_does_not_come(pod):
   result = pod.call('create', '--wait', '1')
   assert result.returncode == 69 and 'not usable within 1 s' in result.stderr, result.stderr
   assert pod.calls() == []
+
+
+def test_a_request_that_fails_later_is_made_again_a_few_times(pod):
+  pod.set('becomes', 'CREATING WAITING_FOR_RESOURCES FAILED')
+  result = pod.call('create', '--max_failures', '1')
+  assert result.returncode == 69 and '2 requests came to nothing' in result.stderr, result.stderr
+  assert pod.calls() == [CREATE, DELETE, CREATE, DELETE]
+
+
+def test_a_slice_that_is_there_is_used_and_a_suspended_one_replaced(pod):
+  pod.set('state', 'ACTIVE')
+  assert pod.call('create').returncode == 0 and pod.calls() == []
+  pod.set('state', 'SUSPENDED')
+  assert pod.call('create').returncode == 0 and pod.calls() == [DELETE, CREATE]
 
 
 def test_changed_files_are_refused_or_taken_along(pod):
