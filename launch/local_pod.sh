@@ -52,9 +52,10 @@ pids=() readers=() signalled='' failed=''
 # shellcheck disable=SC2317  # called by a trap
 pass_on() {
   signalled="$1"
-  say "SIG$1: passed on to $processes processes; waiting for them"
+  say "SIG$1: passed on to $processes processes; waiting for them" 2>&4
   kill -"$1" "${pids[@]}" 2>/dev/null || true
 }
+exec 4>&2
 trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
@@ -69,17 +70,24 @@ trap clean_up EXIT
 
 for ((i = 0; i < processes; i++)); do
   mkfifo "$pipes/$i"
-  sed -u "s/^/[$i] /" <"$pipes/$i" 3>&- &
+  sed -u "s/^/[$i] /" <"$pipes/$i" 3>&- 4>&- &
   readers+=("$!")
-  env "${shared[@]}" RETRO_PROCESS_ID="$i" "$python" -u -m "$@" >"$pipes/$i" 2>&1 3>&- </dev/null &
+  env "${shared[@]}" RETRO_PROCESS_ID="$i" "$python" -u -m "$@" >"$pipes/$i" 2>&1 3>&- 4>&- </dev/null &
   pids+=("$!")
 done
+set +m
+if [[ -n "$signalled" ]]; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi  # it came meanwhile
+# Bash reports each process that a signal ended, in its own words: not from here on, where 2 leads
+# nowhere and messages go to 4.
+exec 2>/dev/null
 
 # End the others: gently, so that they may save, then for good. The killer waits in the background.
 end_others() {
   if [[ -z "$signalled" ]]; then kill -TERM "${pids[@]}" 2>/dev/null || true; fi
-  (sleep "$grace" && kill -KILL "${pids[@]}" 2>/dev/null) >/dev/null 2>&1 3>&- &
+  set -m
+  (sleep "$grace" && kill -KILL "${pids[@]}" 2>/dev/null) >/dev/null 2>&1 3>&- 4>&- &
   killer="$!"
+  set +m
 }
 
 killer='' left=("${!pids[@]}")
@@ -94,7 +102,7 @@ while [[ ${#left[@]} -gt 0 ]]; do
     wait "${pids[$i]}" || code=$?
     if [[ "$code" -eq 0 ]]; then continue; fi
     if [[ -z "$failed" ]]; then
-      say "process $i ended with exit code $code: $(meaning "$code")"
+      say "process $i ended with exit code $code: $(meaning "$code")" 2>&4
       failed="$code"
       if [[ ${#left[@]} -gt 0 ]]; then end_others; fi
     elif [[ ${#ended[@]} -gt 1 && $(after "$failed") != stop && $(after "$code") == stop ]]; then
