@@ -69,7 +69,8 @@ def test_the_other_commands():
 
 
 @pytest.mark.parametrize('arguments, words', [
-    ((), 'usage'), (('make',), "unknown command 'make'"), (('create', *FLAGS), '--type is required'),
+    ((), 'usage'), (('make',), "unknown command 'make'"),
+    (('create', *FLAGS), '--type is required'),
     (('create', *FLAGS, '--type', 't'), 'expected a module'),
     (('create', *FLAGS, '--type', 't', '--', 'retro_jax.train', 'a\nb'), 'line end'),
     (('status', '--name', 'r1'), '--cluster is required'), (('status', *FLAGS, '--x'), '--x'),

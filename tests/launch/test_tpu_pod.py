@@ -209,7 +209,8 @@ def test_the_run_outlives_the_launcher_and_is_found_again(pod):
 
 def test_a_gcloud_that_hangs_during_the_run_leaves_it_running(pod):
   pod.set('plan', 'run run\n0 0')
-  process = start_train(pod, RETRO_REACH_SECONDS='2', RETRO_ASK_SECONDS='0.5', RETRO_UNREACHABLE='2')
+  process = start_train(pod, RETRO_REACH_SECONDS='2', RETRO_ASK_SECONDS='0.5',
+                        RETRO_UNREACHABLE='2')
   time.sleep(0.5)  # past its start
   pod.set('hang-ssh')
   pod.set('hang-describe')
@@ -312,9 +313,9 @@ def test_dry_run_prints_commands_and_runs_none(pod, command, expected):
   assert all(any(word in line for line in joined) for word in expected), result.stdout
   if command == 'create':
     assert (
-        'gcloud compute tpus queued-resources create r1 --node-id=r1 --accelerator-type=v5litepod-16'
-        ' --runtime-version=v2-alpha-tpuv5-lite --zone=us-west4-a --project=p --quiet --async --spot'
-        ' --valid-until-duration=6h') in result.stdout
+        'gcloud compute tpus queued-resources create r1 --node-id=r1 '
+        '--accelerator-type=v5litepod-16 --runtime-version=v2-alpha-tpuv5-lite --zone=us-west4-a '
+        '--project=p --quiet --async --spot --valid-until-duration=6h') in result.stdout
 
 
 def test_a_dry_run_can_be_run(pod):
@@ -332,7 +333,8 @@ def test_a_dry_run_can_be_run(pod):
 
 @pytest.mark.parametrize('arguments, words', [
     ((), 'usage'), (('trian',), "unknown command 'trian'"), (('train', '--nmae', 'a'), '--nmae'),
-    (('train', '--name'), '--name needs a value'), (('create', '--name', 'r'), '--zone is required'),
+    (('train', '--name'), '--name needs a value'),
+    (('create', '--name', 'r'), '--zone is required'),
     (('create', *FLAGS, '--name', 'R_1'), 'lower-case'), (('train', *FLAGS), 'expected a module'),
     (('train', *FLAGS, '--', '--gin_file=a'), 'expected a module'),
     (('create', *FLAGS, '--wait', 'long'), 'whole number'),
