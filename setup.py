@@ -39,7 +39,7 @@ setup(
     install_requires=REQUIREMENTS,
     extras_require={
         'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155'],
-        'tpu': ['libtpu'],
+        'tpu': ['jax[tpu]'],  # the libtpu that the pinned jax asks for
         # What benchmarks/ measures against; none of it is needed to use the project.
         'bench': ['faiss-cpu>=1.15', 'sentence-transformers>=5'],
     },

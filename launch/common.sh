@@ -1,0 +1,66 @@
+# shellcheck shell=bash
+# What the launchers share: messages, usage, time-outs, --dry_run; sourced, runs nothing by itself.
+
+# shellcheck source=launch/exit_codes.sh
+source "$(dirname "${BASH_SOURCE[0]}")/exit_codes.sh"
+
+DRY_RUN='' CALLED=''
+exec 3>&1  # where --dry_run prints, also from within $(...)
+
+say() { printf '%s: %s\n' "$(basename "$0" .sh)" "$*" >&2; }
+
+# die CODE MESSAGE
+die() { local code="$1"; shift; printf 'error: %s\n' "$*" >&2; exit "$code"; }
+
+bad() { die "$EXIT_BAD_INPUT" "$* (--help shows the usage)"; }
+
+# The comment at the top of the script is its usage text.
+usage() { awk 'NR > 1 { if (!/^#/) exit; sub(/^# ?/, ""); print }' "$0"; }
+
+# value FLAG [VALUE]: fails when the flag has none.
+value() { [[ $# -ge 2 && -n "$2" ]] || bad "$1 needs a value"; printf '%s' "$2"; }
+
+number() { [[ "$2" =~ ^[0-9]+$ ]] || bad "$1 is '$2', expected a whole number"; }
+
+# quoted WORD ...: one line that a shell reads as these words.
+quoted() {
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s' "${line% }"
+}
+
+note() { if [[ -n "$DRY_RUN" ]]; then printf '# %s\n' "$*" >&3; fi; }
+
+# call SECONDS COMMAND ...: runs it with a time-out; with --dry_run prints it instead.
+call() {
+  local seconds="$1" code=0
+  shift
+  if [[ -n "$DRY_RUN" ]]; then
+    printf 'timeout --kill-after=10 %s %s\n' "$seconds" "$(quoted "$@")" >&3
+    return 0
+  fi
+  # In the background, so that a trap of the caller does not wait until the command ends.
+  timeout --kill-after=10 "$seconds" "$@" </dev/null &
+  CALLED="$!"
+  wait "$CALLED" || code=$?
+  if [[ $code -eq 124 || $code -eq 137 ]]; then
+    say "no answer within $seconds s: $(quoted "$@" | cut -c 1-160)"
+  fi
+  return "$code"
+}
+
+# check_module NAME: a training command begins with a module, as for launch/local_cpu.sh.
+check_module() {
+  [[ $# -ge 1 && "$1" =~ ^[A-Za-z_][A-Za-z0-9_.]*$ ]] ||
+    bad "the training command is '${1:-}', expected a module such as retro_jax.train and its arguments"
+}
+
+# setting NAME ARGUMENT ...: the last --gin.NAME=VALUE among the arguments.
+setting() {
+  local name="$1" argument found=''
+  shift
+  for argument in "$@"; do
+    if [[ "$argument" == "--gin.$name="* ]]; then found="${argument#*=}"; fi
+  done
+  printf '%s' "$found"
+}
