@@ -7,8 +7,8 @@ finds that out. What the processes compute together is in step.py.
 import dataclasses
 import os
 import signal
+import sys
 import threading
-import time
 from types import FrameType
 
 import jax
@@ -40,7 +40,8 @@ def join(config: DistributedConfig = DistributedConfig()) -> None:
 
   Raises:
     UserError: settings that do not fit together.
-    ProcessMissing: not all processes came in time.
+    ProcessMissing: JAX could not join; when it only waits too long for the others, the process
+      ends with the same message and exit code.
   """
   count = config.num_processes or os.environ.get('RETRO_NUM_PROCESSES', 0)
   if not count or jax.distributed.is_initialized():
@@ -59,16 +60,26 @@ def join(config: DistributedConfig = DistributedConfig()) -> None:
     if not 0 <= process < count:
       raise UserError(f'process {process} of {count}; set DistributedConfig.process_id or '
                       f'RETRO_PROCESS_ID to 0..{count - 1}')
-  begin = time.monotonic()
+  who = 'this process' if process is None else f'process {process} of {count}'
+  missing = ProcessMissing(
+      f'{who}: not all processes met at {coordinator or "the coordinator JAX found"} within '
+      f'{timeout} s; see which host has not started, and whether it can reach that address')
+  # JAX aborts the process when its own time is up; ours is up before, with a message.
+  watchdog = threading.Timer(timeout, _give_up, [missing])
+  watchdog.daemon = True
+  watchdog.start()
   try:
-    jax.distributed.initialize(coordinator, count, process, initialization_timeout=timeout)
+    jax.distributed.initialize(coordinator, count, process, initialization_timeout=2 * timeout + 60)
   except (RuntimeError, ValueError) as error:
-    who = 'this process' if process is None else f'process {process} of {count}'
-    reason = str(error).strip().splitlines()[0][:200]
-    raise ProcessMissing(
-        f'{who}: not all processes met at {coordinator or "the coordinator JAX found"} within '
-        f'{time.monotonic() - begin:.0f} s (limit {timeout} s); see which host has not started, '
-        f'and whether it can reach that address ({reason})') from None
+    raise ProcessMissing(f'{missing} ({str(error).strip().splitlines()[0][:200]})') from None
+  finally:
+    watchdog.cancel()
+
+
+def _give_up(missing: ProcessMissing) -> None:
+  """Ends the process from the thread that watches; the main one is inside of JAX."""
+  print(f'stopped: {missing}', file=sys.stderr, flush=True)
+  os._exit(missing.exit_code)
 
 
 def _number(variable: str, default: int) -> int:
