@@ -66,7 +66,8 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
   Metrics, float32 scalars: `loss` in nats a token, `bits_per_byte`, `gradient_norm`
-  before clipping, `learning_rate`, `tokens` with a target, and `skipped_steps` of an optimizer
+  before clipping, `learning_rate`, `tokens` with a target, `batch_hash` (uint32: two runs that
+  saw the same batch, row by row, have the same, on whatever mesh), and `skipped_steps` of an optimizer
   that skips spikes. Beside them, for the watch on
   numbers that are no numbers (training/faults.py): `squares`, float32 [3, parameters], the
   sums of squares of gradients, updates and new parameters, parameter by parameter.
@@ -106,6 +107,7 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
         'gradient_norm': jnp.sqrt(squares[0].sum()),
         'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
         'tokens': targets,
+        'batch_hash': _hash(batch),
         'squares': squares,
     }
     if isinstance(optimizer_state, SpikeState):
@@ -117,6 +119,19 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
   examples = partitioning.batch_sharding(mesh)
   return jax.jit(step, in_shardings=(placed, {name: examples for name in batch_inputs(model)}),
                  out_shardings=(placed, everywhere), donate_argnums=0)
+
+
+def _hash(batch: Batch) -> jax.Array:
+  """A sum modulo 2^32 in which every token counts by its place; exact in any order."""
+  total = jnp.zeros((), jnp.uint32)
+  for name in ('tokens', 'neighbor_tokens'):
+    if name in batch:
+      x = batch[name].astype(jnp.uint32) + jnp.uint32(1)
+      for axis in range(x.ndim):
+        place = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
+        x = (x ^ (place * jnp.uint32(0x9E3779B1))) * jnp.uint32(0x85EBCA77)
+      total += x.sum(dtype=jnp.uint32)
+  return total
 
 
 def _squares(tree: retro.Parameters) -> jax.Array:
