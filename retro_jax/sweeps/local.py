@@ -111,6 +111,7 @@ def _run(run: Planned, label: str, devices: int, guard: Any, signals: '_Signals'
     progress.start(run)
     while True:
       signals.pass_on()
+      signals.tell()
       with contextlib.suppress(subprocess.TimeoutExpired):
         code = child.wait(timeout=_POLL)
         break
@@ -168,6 +169,7 @@ class _Signals:
     self.child: subprocess.Popen | None = None
     self._number: int | None = None
     self._passed_on: subprocess.Popen | None = None
+    self._told = False
     self._before: dict[int, Any] = {}
 
   def __enter__(self) -> '_Signals':
@@ -181,16 +183,21 @@ class _Signals:
   def _handle(self, number: int, frame: Any) -> None:
     del frame
     self._number = number
-    self.pass_on()
+    self.pass_on()  # nothing is printed here: the signal may have come in the middle of a print
 
   def pass_on(self) -> None:
     """Tells the child once; also called after it was started, as a signal may come before."""
     child = self.child
     if self._number is not None and child is not None and self._passed_on is not child:
       self._passed_on = child
-      note(f'{signal.Signals(self._number).name}: passed on to process {child.pid}, waiting for '
-           'it to end')
       child.send_signal(signal.SIGTERM)
+
+  def tell(self) -> None:
+    """Says so, once."""
+    if self._passed_on is not None and not self._told:
+      self._told = True
+      note(f'{signal.Signals(self._number).name}: passed on to process {self._passed_on.pid}, '
+           'waiting for it to end')
 
   def check(self) -> None:
     if self._number is not None:
