@@ -93,17 +93,12 @@ def _run(run: Planned, label: str, devices: int, guard: Any, signals: '_Signals'
   command = run.local_command(devices)
   rows = run.rows()
   note(f'{label}: starts' if not rows else f'{label}: continues after step {rows[-1]["step"]:,}')
-  # The launcher calls plain `python`: the one that runs this, and this code.
-  environment = {
-      **os.environ,
-      'PATH': os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', '')]),
-      'PYTHONPATH': os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))}
   with open(log, 'a', encoding='utf-8') as f:
     f.write(f'--- {time.strftime("%Y-%m-%d %H:%M:%S")} {shlex.join(command)}\n')
     f.flush()
     # A group of its own: Ctrl-C reaches it once, from here, and not from the terminal as well.
     child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=f, stderr=f,
-                             env=environment, process_group=0, pass_fds=[guard.fileno()])
+                             env=_environment(), process_group=0, pass_fds=[guard.fileno()])
     guard.truncate(0)
     guard.write(str(child.pid))
     guard.flush()
@@ -126,6 +121,17 @@ def _run(run: Planned, label: str, devices: int, guard: Any, signals: '_Signals'
     return Failure(run.name, str(log), f'ended before step {run.steps:,} was saved')
   note(f'{label}: finished')
   return None
+
+
+def _environment() -> dict[str, str]:
+  """Of the child: the launcher calls plain `python`, meant is the one that runs this."""
+  flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split()
+           # Where this is given twice the later wins, and the launcher's comes first.
+           if not flag.startswith('--xla_force_host_platform_device_count')]
+  return {
+      **os.environ, 'XLA_FLAGS': ' '.join(flags),
+      'PATH': os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', '')]),
+      'PYTHONPATH': os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))}
 
 
 def _last_error(log: Path) -> str:

@@ -126,7 +126,7 @@ class Planned:
     for folder in (*self.job.data.train, self.job.data.valid, self.job.data.valid_random):
       if folder:
         data[folder] = storage.read_manifest(folder, records.KIND)['content']
-    return storage.as_json({'configuration': configuration_, 'data': data})
+    return storage.as_json({'settings': configuration_, 'examples': data})
 
   def check_folder(self) -> None:
     """Refuses a folder that holds another run than this one.
@@ -150,7 +150,8 @@ class Planned:
     changed = [key for key in sorted(before.keys() | now.keys())
                if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
     if changed:
-      told = ', '.join(f'{key} = {_shown(before, key)}, now {_shown(now, key)}'
+      told = ', '.join(f'{key.removeprefix("settings.")} = {_shown(before, key)}, now '
+                       f'{_shown(now, key)}'
                        for key in changed[:4])
       more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
       raise UserError(f'{self.folder}: was made with {told}{more}; choose another --folder, the '
@@ -204,9 +205,6 @@ def resolve(sweep: Sweep, folder: str, gin_files: Sequence[str] = (),
       job = configuration.resolve(TrainJob, train.CONFIGURABLES, line)
     except UserError as error:
       raise UserError(f'{sweep.path}: run {run.name}: {error}') from None
-    if job.run_dir != run_dir:
-      raise UserError(f'{sweep.path}: run {run.name}: TrainJob.run_dir is {job.run_dir!r} and '
-                      'not RUN_DIR; remove that setting')
     key = storage.fingerprint({**dataclasses.asdict(job), 'run_dir': ''})
     if key in seen:
       raise UserError(f'{sweep.path}: runs {seen[key]} and {run.name} have the same '
@@ -243,13 +241,12 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 
 
 def _flat(value: Any, prefix: str = '') -> dict[str, Any]:
-  """Nested dicts as one, keys joined by '.', without the outermost."""
+  """Nested dicts as one; keys are joined by '.'."""
   if not isinstance(value, dict) or not value:
-    return {prefix: value} if prefix else {}
+    return {prefix: value}
   result = {}
   for key, item in value.items():
-    inner = '' if not prefix and key == 'configuration' else f'{prefix}.{key}' if prefix else key
-    result.update(_flat(item, inner) if inner or isinstance(item, dict) else {key: item})
+    result.update(_flat(item, f'{prefix}.{key}' if prefix else key))
   return result
 
 

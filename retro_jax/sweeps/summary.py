@@ -156,6 +156,7 @@ def _draw(axis: Any, found: Mapping[str, Any], x: str) -> None:
   axis.xaxis.set_minor_formatter(
       FuncFormatter(lambda value, _: _count(value) if _leading(value) in (2, 5) else '')
       if high / low < 100 else NullFormatter())
+  axis.tick_params(axis='x', which='both', length=4, pad=4)
   axis.set_xlabel(_X[x][0])
   axis.grid(color='#e5e5e5', linewidth=0.8)
   axis.set_axisbelow(True)

@@ -105,9 +105,10 @@ class Sweep:
         for name, value in part.settings.items():
           merged.pop(name, None)  # the last to set it also stands last
           merged[name] = value
-      if 'RUN_DIR' in merged:
-        raise UserError(f'{self.path}: sets RUN_DIR, which is --folder and the name of the run; '
-                        'remove it')
+      for setting in ('RUN_DIR', 'TrainJob.run_dir'):
+        if setting in merged:
+          raise UserError(f'{self.path}: {setting} is set, but it is --folder and the name of the '
+                          'run; remove it')
       name = '-'.join(value.name for value in values)
       if name in result:
         raise UserError(f'{self.path}: two runs are called {name!r}; rename a value so that '
