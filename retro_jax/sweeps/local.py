@@ -211,38 +211,66 @@ class _Signals:
 
 
 class _Progress:
-  """How far, how fast, how long still; runs count by their work."""
+  """How far, how fast, how long still.
+
+  A run takes a while to start (imports, compilation), which is about the same for all, and then
+  as long as its work; both are learnt from what has run so far.
+  """
 
   def __init__(self, planned: Sequence[Planned], every: float):
     self._every = every
-    self._left = {run.name: run.work for run in planned}
-    self._start = self._last = time.monotonic()
-    self._done = 0.0  # work, in this call
-    self._first = 0
+    self._waiting = {run.name: self._left(run) for run in planned}
+    self._starts: list[float] = []  # seconds before the first step
+    self._work = self._seconds = 0.0  # done between steps that were seen, in this call
 
   def skip(self, run: Planned) -> None:
-    self._left[run.name] = 0
+    self._waiting.pop(run.name, None)
 
   def start(self, run: Planned) -> None:
+    self._waiting.pop(run.name, None)
     self._first = self._step(run)
     self._began = self._last = time.monotonic()
+    self._seen: tuple[int, float] | None = None  # the first new step, and when
 
   def end(self, run: Planned) -> None:
-    self._done += run.work * max(self._step(run) - self._first, 0) / run.steps
-    self._left[run.name] = 0
+    now = time.monotonic()
+    work, seconds = self._measured(run, self._step(run), now)
+    self._work, self._seconds = self._work + work, self._seconds + seconds
+    self._starts.append(self._seen[1] - self._began if self._seen else now - self._began)
 
   def show(self, run: Planned, label: str) -> None:
+    """A line, if it is time for one."""
     now = time.monotonic()
     if now - self._last < self._every:
       return
     self._last = now
     step = self._step(run)
-    new = max(step - self._first, 0)
-    done = self._done + run.work * new / run.steps
-    left = sum(self._left.values()) - run.work * step / run.steps
-    rate = f'{new / (now - self._began):.2f} steps/s' if new else 'compiling'
-    still = f', {duration(left * (now - self._start) / done)} left in all' if done else ''
-    note(f'{label}: step {step:,}/{run.steps:,}, {rate}{still}')
+    if self._seen is None and step > self._first:
+      self._seen = step, now
+    work, seconds = self._measured(run, step, now)
+    speed = f'{(step - self._seen[0]) / seconds:.2f} steps/s' if work else 'starting'
+    left = self._time_left(run, work, seconds, now)
+    note(f'{label}: step {step:,}/{run.steps:,}, {speed}'
+         + (f', about {duration(left)} left in all' if left is not None else ''))
+
+  def _time_left(self, run: Planned, work: float, seconds: float, now: float) -> float | None:
+    if not self._work + work:
+      return None
+    per_work = (self._seconds + seconds) / (self._work + work)
+    starts = self._starts + ([self._seen[1] - self._began] if self._seen else [])
+    start = sum(starts) / len(starts)
+    this = 0.0 if self._seen else max(start - (now - self._began), 0)
+    return (this + start * len(self._waiting)
+            + per_work * (self._left(run) + sum(self._waiting.values())))
+
+  def _measured(self, run: Planned, step: int, now: float) -> tuple[float, float]:
+    """Work and seconds of this run since the step that was seen first."""
+    if self._seen is None or step <= self._seen[0]:
+      return 0.0, 0.0
+    return run.work * (step - self._seen[0]) / run.steps, now - self._seen[1]
+
+  def _left(self, run: Planned) -> float:
+    return run.work * max(run.steps - self._step(run), 0) / run.steps
 
   @staticmethod
   def _step(run: Planned) -> int:
