@@ -1,8 +1,8 @@
 """Many training runs from one sweep file: what they are, running them, what they found.
 
-  python launch/sweep.py gin/sweeps/cpu_ladder.toml --folder=runs/ladder ACTION [--gin.NAME=VALUE ...]
+  python launch/sweep.py gin/sweeps/cpu_ladder.toml --folder=runs/ladder ACTION [--gin.NAME=...]
 
-The format of the file, and what each action does, is in docs/sweeps.md; the work is done by
+The format of the file, and what each action does, is in docs/sweeps.md; the work is done in
 retro_jax/sweeps/.
 """
 

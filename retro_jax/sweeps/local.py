@@ -91,8 +91,8 @@ def _run(run: Planned, label: str, devices: int, guard: Any, signals: '_Signals'
          progress: '_Progress') -> Failure | None:
   log = Path(run.folder) / LOG
   command = run.local_command(devices)
-  rows = run.rows()
-  note(f'{label}: starts' if not rows else f'{label}: continues after step {rows[-1]["step"]:,}')
+  saved = run.saved_step()
+  note(f'{label}: continues from step {saved:,}' if saved else f'{label}: starts')
   with open(log, 'a', encoding='utf-8') as f:
     f.write(f'--- {time.strftime("%Y-%m-%d %H:%M:%S")} {shlex.join(command)}\n')
     f.flush()
@@ -228,7 +228,7 @@ class _Progress:
 
   def start(self, run: Planned) -> None:
     self._waiting.pop(run.name, None)
-    self._first = self._step(run)
+    self._first = run.saved_step()
     self._began = self._last = time.monotonic()
     self._seen: tuple[int, float] | None = None  # the first new step, and when
 

@@ -118,6 +118,12 @@ class Planned:
     last = files.join(self.folder, checkpoints.CHECKPOINTS, str(self.steps))
     return bool(rows) and rows[-1]['step'] == self.steps and files.exists(last)
 
+  def saved_step(self) -> int:
+    """Of the newest complete checkpoint on the disk, from which the trainer continues; or 0."""
+    folder = Path(self.folder) / checkpoints.CHECKPOINTS
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return max((int(name) for name in names if name.isdecimal()), default=0)
+
   def describe(self) -> dict[str, Any]:
     """All that makes the run what it is: its configuration and its data."""
     configuration_ = dataclasses.asdict(self.job)

@@ -1,4 +1,4 @@
-"""Sweeps: expansion, refusals, laws, a runner with a stand-in for the trainer, and one real sweep."""
+"""Sweeps: expansion, refusals, laws, running with a stand-in for the trainer, one real sweep."""
 
 import itertools
 import json
@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import retro_jax
-from retro_jax import storage
+from retro_jax import files, storage
 from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval import pipeline
@@ -68,14 +68,22 @@ def test_runs_are_the_product_in_order_and_zips_advance_together(products, zippe
 def test_later_parts_override_earlier_ones():
   sweep = read('''
 gin_files = ["a.gin"]
-gin = { SEED = 7, RetroConfig.d_model = 1, TRAIN_DATA = { "x/y" = 0.5 }, VALID_DATA = "", FLAG = true }
+[gin]
+SEED = 7
+RetroConfig.d_model = 1
+TRAIN_DATA = { "x/y" = 0.5 }
+VALID_DATA = ""
+FLAG = true
 [[product]]
 name = "size"
-values = [{ name = "s", gin_files = ["b.gin"], gin = { RetroConfig = { d_model = 2, cca_layers = [1, 2] } } }]
+[[product.values]]
+name = "s"
+gin_files = ["b.gin"]
+gin.RetroConfig = { d_model = 2, cca_layers = [1, 2] }
 [[product]]
 name = "lr"
 setting = "PEAK_LEARNING_RATE"
-values = [1e-4, 0.5, { name = "own", gin = { PEAK_LEARNING_RATE = "%OTHER", RetroConfig.cca_layers = [] } }]
+values = [1e-4, 0.5, { name = "own", gin = { PEAK_LEARNING_RATE = "%O", RetroConfig.d_ff = 3 } }]
 ''')
   runs = sweep.runs(['c.gin'], {'SEED': '9'})
   assert [run.name for run in runs] == ['s-lr0.0001', 's-lr0.5', 's-own']
@@ -83,8 +91,8 @@ values = [1e-4, 0.5, { name = "own", gin = { PEAK_LEARNING_RATE = "%OTHER", Retr
   assert runs[0].settings == {
       'TRAIN_DATA': "{'x/y': 0.5}", 'VALID_DATA': '', 'FLAG': 'True', 'RetroConfig.d_model': '2',
       'RetroConfig.cca_layers': '[1, 2]', 'PEAK_LEARNING_RATE': '0.0001', 'SEED': '9'}
-  assert runs[2].settings['RetroConfig.cca_layers'] == '[]'
-  assert runs[2].settings['PEAK_LEARNING_RATE'] == '%OTHER'
+  assert runs[2].settings['RetroConfig.d_ff'] == '3'
+  assert runs[2].settings['PEAK_LEARNING_RATE'] == '%O'
   assert runs[0].arguments('f/s')[-1] == '--gin.RUN_DIR=f/s'
 
 
@@ -247,16 +255,34 @@ FSDP = 1
 PEAK_LEARNING_RATE = 1e-2
 TrainingConfig = { evaluate_examples = 8, log_every = 1 }
 OptimizerConfig.warmup_steps = 2
-RetroConfig = { vocab_size = 512, chunk_length = 8, num_neighbors = 3, num_layers = 1, num_heads = 2 }
 
+[gin.RetroConfig]
+vocab_size = 512
+chunk_length = 8
+num_neighbors = 3
+num_layers = 1
+num_heads = 2
+encoder_layers = 1
+encoder_heads = 2
+encoder_head_dim = 4
+encoder_d_model = 8
+encoder_d_ff = 16
 
 [[product]]
 name = "model"
-values = [{ name = "baseline", gin = { RetroConfig.cca_layers = [] } },
-          { name = "retro", gin = { RetroConfig = { cca_layers = [1], encoder_layers = 1, encoder_heads = 2, encoder_d_model = 8, encoder_d_ff = 16, encoder_head_dim = 4 } } }]
+values = [
+  { name = "baseline", gin = { RetroConfig.cca_layers = [] } },
+  { name = "retro", gin = { RetroConfig.cca_layers = [1] } },
+]
+
 [[zip]]
 name = "width"
-values = [{ name = "d8", gin = { RetroConfig.d_model = 8 } }, { name = "d16", gin = { RetroConfig.d_model = 16 } }, { name = "d24", gin = { RetroConfig.d_model = 24 } }]
+values = [
+  { name = "d8", gin = { RetroConfig.d_model = 8 } },
+  { name = "d16", gin = { RetroConfig.d_model = 16 } },
+  { name = "d24", gin = { RetroConfig.d_model = 24 } },
+]
+
 [[zip]]
 name = "head"
 setting = "RetroConfig.head_dim"
@@ -440,6 +466,29 @@ def test_mistakes_on_the_command_line_are_one_line_and_exit_code_2(world, tmp_pa
   errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
   assert result.returncode == 2 and len(errors) == 1 and words in errors[0], result.stderr
   assert 'Traceback' not in result.stderr and not (tmp_path / 'runs').exists()
+
+
+def test_pod_commands_are_all_that_stdout_holds(world):
+  pod = ['--type=v5p-8', '--zone=europe-west4-b', '--project=p']
+  result = call(world, 'gs://bucket/runs', '--emit=pod', *pod)
+  lines = result.stdout.splitlines()
+  assert result.returncode == 0 and len(lines) == 6, result.stderr
+  assert lines[3].startswith(f'launch/tpu_pod.sh train --name=tiny-retro-d8-head4 {" ".join(pod)} -- '
+                             'python -m retro_jax.train --gin_file=gin/machines/cpu.gin')
+  assert lines[3].endswith('--gin.RUN_DIR=gs://bucket/runs/retro-d8-head4')
+
+
+def test_runs_in_a_bucket_are_collected(world):
+  sweep = sweep_file.read(str(world[0] / 'tiny.toml'))
+  planned = plan.resolve(sweep, 'ram://sweep-test', settings=world[1])
+  rows = [{'step': 5, 'loss': 1.0}, {'step': 6, 'valid_off': 2.5, 'valid_on': 2.0}]
+  text = ''.join(json.dumps(row) + '\n' for row in rows).encode()
+  for run in planned[3:5]:
+    files.write_bytes(files.join(run.folder, 'metrics.jsonl'), text)
+  files.write_bytes(files.join(planned[3].folder, 'checkpoints/6/_CHECKPOINT_METADATA'), b'{}')
+  runs = summary.collect(sweep, planned)['runs']
+  assert [run['state'] for run in runs] == [*['not started'] * 3, 'finished', 'step 6', 'not started']
+  assert runs[3]['bits_per_byte'] == {'retro_off': 2.5, 'retro_on': 2.0}
 
 
 @pytest.fixture(scope='module')
