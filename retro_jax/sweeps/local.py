@@ -220,6 +220,7 @@ class _Progress:
   def __init__(self, planned: Sequence[Planned], every: float):
     self._every = every
     self._waiting = {run.name: self._left(run) for run in planned}
+    self._stale: int | None = None
     self._starts: list[float] = []  # seconds before the first step
     self._work = self._seconds = 0.0  # done between steps that were seen, in this call
 
@@ -229,6 +230,8 @@ class _Progress:
   def start(self, run: Planned) -> None:
     self._waiting.pop(run.name, None)
     self._first = run.saved_step()
+    # Until the trainer drops them, rows after its checkpoint are those of the run before.
+    self._stale = self._step(run)
     self._began = self._last = time.monotonic()
     self._seen: tuple[int, float] | None = None  # the first new step, and when
 
@@ -245,6 +248,10 @@ class _Progress:
       return
     self._last = now
     step = self._step(run)
+    if step == self._stale:
+      step = self._first
+    else:
+      self._stale = None
     if self._seen is None and step > self._first:
       self._seen = step, now
     work, seconds = self._measured(run, step, now)
