@@ -210,10 +210,12 @@ def _paragraphs(found: Mapping[str, Any]) -> list[str]:
   lines = [law_sentence(law['series'], Law(**law['law']), law['x']) for law in found['laws']]
   if not lines:
     return []
+  mixed = len({law['law']['has_offset'] for law in found['laws']}) > 1
   return ['Fitted by least squares:', '\n'.join(f'* {line}' for line in lines),
           'Ranges are the 5th to 95th percentile over refits with noise of the size of the '
           'residuals. They take the law for granted, know nothing of other seeds or data than '
-          'those run, and say nothing beyond the sizes run.']
+          'those run, and say nothing beyond the sizes run.'
+          + (' Exponents of laws with and without an offset do not compare.' if mixed else '')]
 
 
 def law_sentence(name: str, law: Law, x: str) -> str:
