@@ -230,6 +230,8 @@ def law_sentence(name: str, law: Law, x: str) -> str:
   unit = 'bits per byte' if law.has_offset else 'in the logarithm'
   few = (f'only {law.freedom} degree{"s" if law.freedom > 1 else ""} of freedom, take the ranges '
          'as orders of magnitude') if law.freedom < 4 else f'{law.freedom} degrees of freedom'
+  if law.has_offset and law.spread['offset'][0] < 1e-9:
+    ranges += ' (the points do not tell offset and exponent apart)'
   return f'{told}; {ranges}; residuals {law.deviation:.2g} {unit}; {few}'
 
 
