@@ -12,7 +12,6 @@ own for neighbours.
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 
@@ -22,8 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from retro_jax import configuration, storage  # pylint: disable=wrong-import-position
 from retro_jax.errors import EXIT_CODE, UserError  # pylint: disable=wrong-import-position
-from retro_jax.models import retro  # pylint: disable=wrong-import-position
 from retro_jax.models.config import RetroConfig  # pylint: disable=wrong-import-position
+from retro_jax.sweeps.sizes import (  # pylint: disable=wrong-import-position
+    count_parameters as count,
+)
 
 # Each model and its baseline, as named in gin/models/.
 MODELS = {'retro_172m': 'baseline_132m', 'retro_425m': 'baseline_368m',
@@ -46,17 +47,6 @@ def model(name: str) -> RetroConfig:
   line = configuration.CommandLine((f'gin/models/{name}.gin',),
                                    (('CountJob.model', '@RetroConfig()'),), False)
   return configuration.resolve(CountJob, (RetroConfig,), line).model
-
-
-def count(config: RetroConfig) -> dict[str, int]:
-  """Parameters by kind, adding up to all: matrices, `vectors`, the two embedding tables."""
-  shapes = jax.eval_shape(lambda: retro.init_parameters(config, jax.random.key(0)))
-  sizes = {name: math.prod(leaf.shape) for name, leaf in shapes.items()}
-  embedding = sizes.pop('embedding.table')
-  encoder_embedding = sizes.pop('encoder_embedding.table', 0)
-  vectors = sum(size for name, size in sizes.items() if name.endswith(('.scale', '_bias')))
-  return {'non_embedding': sum(sizes.values()) - vectors, 'vectors': vectors,
-          'embedding': embedding, 'encoder_embedding': encoder_embedding}
 
 
 def main() -> None:
