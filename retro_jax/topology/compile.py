@@ -95,7 +95,7 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
       raise UserError(f'the compiler refuses the step: {reason}') from error
     if 'RESOURCE_EXHAUSTED' not in str(error):
       raise
-    return Result(_too_large(str(error), topology, model_flops, taken), '')
+    return Result(too_large(str(error), topology, model_flops, taken), '')
   taken = time.monotonic() - start
   text = compiled.as_text()
   # Replica groups count devices in the order of the mesh.
@@ -125,7 +125,7 @@ def _memory(analysis: Any) -> cost.Memory:
       code=analysis.generated_code_size_in_bytes)
 
 
-def _too_large(message: str, topology: Topology, model_flops: float, seconds: float) -> Cost:
+def too_large(message: str, topology: Topology, model_flops: float, seconds: float) -> Cost:
   """The report of a program for which the memory, of HBM or VMEM, does not suffice."""
   needed, capacity = memory_in_message(message)
   return Cost(

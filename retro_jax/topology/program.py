@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 import re
+from collections.abc import Iterable
 
 from retro_jax.topology import lexer
 from retro_jax.topology.lexer import ProgramError
@@ -207,8 +208,9 @@ class Program:
     # condition compares with, perhaps inside a fusion.
     condition = self.computations.get(loop.attribute('condition') or '')
     if condition is not None:
-      bounds = [int(op.operands[0]) for op in condition.inputs(condition.root)
-                if op.opcode == 'constant' and re.fullmatch(r'-?\d+', op.operands[0])]
+      ends = condition.inputs(condition.root)
+      inside = [op for body in self.called(condition.root) for op in body.ops]
+      bounds = _integers(ends) or _integers(inside)
       if len(bounds) == 1:
         return max(bounds[0], 0)
     raise ProgramError(f'no trip count found for the loop {loop.name}')
@@ -245,6 +247,11 @@ def parse(text: str) -> Program:
   if entry is None:
     raise ProgramError('no ENTRY computation; expected the text of a compiled program')
   return Program(computations, computations[entry], _frames(tables), tuple(unparsed))
+
+
+def _integers(ops: Iterable[Op]) -> list[int]:
+  return [int(op.operands[0]) for op in ops
+          if op.opcode == 'constant' and re.fullmatch(r'-?\d+', op.operands[0])]
 
 
 def _parse_op(line: str) -> Op:

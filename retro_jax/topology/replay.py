@@ -109,7 +109,7 @@ class Replay:
     """Seconds of one run; sums are counted `runs` times."""
     now = links_free = 0.0
     flying: dict[str, _Flight] = {}  # by channel
-    started: dict[str, str] = {}  # op -> channel
+    started: dict[str, list[str]] = {}  # op -> channels
 
     def wait(channel: str) -> None:
       nonlocal now
@@ -122,6 +122,8 @@ class Replay:
     for op in computation.ops:
       if op.opcode in _FREE:
         self._count_host(computation, op, runs)
+        if op.opcode == 'async-update':
+          started[op.name] = started.get(op.operands[0], [])
       elif op.opcode == 'while':
         trips = self._program.trip_count(op)
         self.loops.append((op.name, trips))
@@ -132,10 +134,10 @@ class Replay:
       else:
         collectives = self._collectives_of(computation, op)
         starts, ends = self._ends(op)
-        if ends and not collectives and op.operands and op.operands[0] in started:
-          collectives = []
-          if started[op.operands[0]] in flying:
-            wait(started[op.operands[0]])
+        if ends and op.operands:
+          for channel in started.get(op.operands[0], ()):
+            if channel in flying:
+              wait(channel)
         for where, collective in collectives:
           if collective.channel in flying:  # its middle, or its end
             if ends:
@@ -144,9 +146,10 @@ class Replay:
           cost = network.transfer(where, collective, self._topology, self._coordinates)
           self._count_transfer(cost, runs)
           links_free = max(now, links_free) + cost.seconds
-          source = self._sources.of(collective if collective.op_name else op)
+          source = (self._sources.of(where, collective) if collective.op_name
+                    else self._sources.of(computation, op))
           flying[collective.channel] = _Flight(links_free, cost.kind, source)
-          started[op.name] = collective.channel
+          started.setdefault(op.name, []).append(collective.channel)
           if not starts:
             wait(collective.channel)
         if op.opcode in ('call', 'async-start', 'call-start') and not collectives:
@@ -221,7 +224,7 @@ class Replay:
       else:
         raw = op.estimated_cycles / chip.clock
         seconds = raw if at_peak >= from_hbm else min(raw, from_hbm)
-    row = self.rows[self._sources.of(op)]
+    row = self.rows[self._sources.of(computation, op)]
     row.seconds += runs * seconds
     row.seconds_raw += runs * raw
     row.mxu_flops += runs * flops

@@ -7,6 +7,7 @@ The two tables below are all that knows names of this code base.
 
 import collections
 import re
+from collections.abc import Iterable
 
 from retro_jax.topology.program import Computation, Op, Program
 
@@ -24,6 +25,7 @@ _PARTS = (
 )
 PARTS = tuple(name for name, _ in _PARTS) + ('other',)
 _NO_PART = 'other'
+_STEPS_TO_READERS = 6
 
 
 class Sources:
@@ -32,25 +34,29 @@ class Sources:
   def __init__(self, program: Program):
     self._program = program
 
-  def of(self, op: Op) -> tuple[str, str]:
+  def of(self, computation: Computation, op: Op) -> tuple[str, str]:
     """(one of `PASSES`, one of `PARTS`).
 
-    A fusion without a name of its own belongs where most of its named ops do.
+    What has no name belongs where most of the named ops inside it do; what has none inside
+    either, a copy for instance, to the first who reads it.
     """
-    if op.op_name:
-      return self._by_name(op)
     votes: collections.Counter[tuple[str, str]] = collections.Counter()
-    for body in self._program.called(op):
-      self._vote(body, votes)
-    return votes.most_common(1)[0][0] if votes else ('unknown', _NO_PART)
+    reached = [op]
+    for _ in range(_STEPS_TO_READERS):
+      for each in reached:
+        self._vote((each,), votes)
+      if votes:
+        return votes.most_common(1)[0][0]
+      reached = [user for each in reached for user, _ in computation.users.get(each.name, [])]
+    return 'unknown', _NO_PART
 
-  def _vote(self, body: Computation, votes: collections.Counter) -> None:
-    for op in body.ops:
+  def _vote(self, ops: Iterable[Op], votes: collections.Counter) -> None:
+    for op in ops:
       if op.op_name:
         votes[self._by_name(op)] += 1
       else:
-        for inner in self._program.called(op):
-          self._vote(inner, votes)
+        for body in self._program.called(op):
+          self._vote(body.ops, votes)
 
   def _by_name(self, op: Op) -> tuple[str, str]:
     functions = ' '.join(self._program.functions(op))

@@ -35,6 +35,19 @@ def test_trip_count():
   assert parsed.trip_count(parsed.entry.ops[1]) == 7
 
 
+def test_trip_count_inside_a_fusion():
+  parsed = program.parse(texts.LOOP.replace(
+      '%condition (', '''%less.1 (c: s32[]) -> pred[] {
+  %c = s32[] parameter(0)
+  %bound = s32[] constant(9)
+  ROOT %compare.1 = pred[] compare(%c, %bound), direction=LT
+}
+
+%condition (''').replace('compare(%i.1, %trips), direction=LT',
+                         'fusion(%i.1), kind=kLoop, calls=%less.1'))
+  assert parsed.trip_count(parsed.entry.ops[1]) == 9
+
+
 def test_a_loop_without_a_bound_is_an_error():
   parsed = program.parse(texts.LOOP.replace('%trips = s32[]{:T(128)} constant(5)',
                                             '%trips = s32[]{:T(128)} add(%i.1, %i.1)'))
