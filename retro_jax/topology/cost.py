@@ -4,6 +4,7 @@ Where the figures come from: replay.py. How far to trust them: docs/topology.md.
 """
 
 import dataclasses
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from retro_jax.topology.program import Program
 from retro_jax.topology.sources import PARTS, PASSES
 
 _GIB = 2 ** 30
+_KERNEL_NAMES = re.compile(r'splash_m[hq]a_|/pallas_call')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +156,10 @@ def _doubts(program: Program, run: replay.Replay) -> tuple[str, ...]:
   if run.unknown_kernels:
     doubts.append('Pallas kernels of unknown FLOPs, counted as waiting for HBM: '
                   + _counts(run.unknown_kernels))
+  if not run.pallas and any(_KERNEL_NAMES.search(op.op_name) for computation in
+                            program.computations.values() for op in computation.ops):
+    doubts.append('there is code of Pallas kernels but no kernel: they were lowered in interpreted '
+                  'form, perhaps because the code asked for the default backend, which is the CPU')
   if run.unmodelled:
     doubts.append(f'custom calls counted as nothing: {_counts(run.unmodelled)}')
   if run.host_bytes:

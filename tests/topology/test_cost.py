@@ -110,6 +110,38 @@ def test_unknown_kernels_and_calls_are_told():
   assert 'custom calls counted as nothing: Surprise x 1' in doubts
 
 
+def test_kernels_in_interpreted_form_are_told():
+  text = texts.LOOP.replace('dot_general', 'splash_mha_fwd/while/body/dot_general')
+  assert 'lowered in interpreted form' in ' '.join(priced(text).doubts)
+  assert not priced(texts.LOOP).doubts
+
+
+def test_of_a_conditional_the_longest_branch_counts():
+  text = texts.HEADER + f"""
+%short (a: f32[8]) -> f32[8] {{
+  %a = f32[8]{{0:T(128)S(1)}} parameter(0)
+{texts.op('ROOT %c1 = f32[8]{0:T(128)S(1)} copy(%a)', 100)}
+}}
+
+%long (b: f32[8]) -> f32[8] {{
+  %b = f32[8]{{0:T(128)S(1)}} parameter(0)
+{texts.op('ROOT %c2 = f32[8]{0:T(128)S(1)} copy(%b)', 900)}
+}}
+
+%none (d: f32[8]) -> f32[8] {{
+  ROOT %d = f32[8]{{0:T(128)S(1)}} parameter(0)
+}}
+
+ENTRY %main (x: f32[8], i: s32[]) -> f32[8] {{
+  %x = f32[8]{{0:T(128)S(1)}} parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %one = f32[8]{{0:T(128)S(1)}} conditional(%i, %x, %x, %x), branch_computations={{%short, %long, %none}}
+}}
+"""
+  result = run(text)
+  assert result.seconds == result.seconds_raw == pytest.approx(900 / texts.CLOCK)
+
+
 def priced(text):
   memory = cost.Memory(arguments=3 * 2 ** 30, temporaries=2 ** 30, outputs=2 ** 30, aliased=2 ** 30)
   return cost.of_program(program.parse(text), TOPOLOGY, COORDINATES, memory,
