@@ -114,6 +114,64 @@ def test_every_part_has_its_time(compiled):
   assert unknown < 0.05 * total
 
 
+def test_full_recomputation_shows_in_the_flops(tmp_path):
+  pytest.importorskip('libtpu')
+  settings = dict(vocab_size=512, d_model=128, num_layers=4, num_heads=2, head_dim=64,
+                  cca_layers=(), dtype='bfloat16', remat='full')
+  (tmp_path / 'm.gin').write_text(
+      ''.join(f'RetroConfig.{name} = {value!r}\n' for name, value in settings.items()))
+  result = call('--topology=v5e:2x2', f'--gin_file={tmp_path}/m.gin', '--gin.BATCH_SIZE=8',
+                '--gin.SEQUENCE_LENGTH=256', f'--output={tmp_path}/out.json')
+  assert result.returncode == 0, result.stderr[-3000:]
+  report = json.loads((tmp_path / 'out.json').read_text())
+  computed = flops.forward_flops(RetroConfig(**settings), 8, 256, as_computed=True)
+  # Everything inside the four layers again, but for the last product of each: no gradient
+  # needs its result.
+  expected = 3 * computed.total + computed.attention + computed.ffw / 2
+  found = report['mxu_flops_over_model_flops'] * report['model_flops_per_step']
+  assert found == pytest.approx(expected, rel=0.02)
+  again = [row for row in report['time_by_source'] if row['pass_name'] == 'recompute']
+  assert {row['part'] for row in again} >= {'attention', 'ffw'}
+
+
+_SPLASH = """
+import os
+os.environ.update(JAX_PLATFORMS='cpu', TPU_SKIP_MDS_QUERY='1', ALLOW_MULTIPLE_LIBTPU_LOAD='1')
+import jax, numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from retro_jax.topology import chips, program, replay
+topology = chips.parse('v5e:2x2')
+here = NamedSharding(Mesh(np.array(chips.devices(topology)[:1]), ('x',)), PartitionSpec())
+heads, n, width = 4, 1024, 128
+x = jax.ShapeDtypeStruct((2, heads, n, width), 'bfloat16', sharding=here)
+causal = masks.MultiHeadMask([masks.CausalMask((n, n))] * heads)
+for fused in (False, True):
+  other = None if fused else 512
+  sizes = kernel.BlockSizes(
+      block_q=512, block_kv=512, block_kv_compute=512, block_q_dkv=512, block_kv_dkv=512,
+      block_kv_dkv_compute=512, block_q_dq=other, block_kv_dq=other, use_fused_bwd_kernel=fused)
+  attend = jax.vmap(kernel.make_splash_mha(causal, block_sizes=sizes, head_shards=1,
+                                           q_seq_shards=1))
+  loss = lambda q, k, v: attend(q, k, v).astype('float32').sum()
+  compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+  run = replay.Replay(program.parse(compiled.as_text()), topology, [(0, 0, 0)])
+  assert not run.unknown_kernels and not run.unmodelled, (run.unknown_kernels, run.unmodelled)
+  print('products', run.mxu_flops / (2 * 2 * heads * n * n / 2 * width))
+"""
+
+
+def test_the_flops_of_real_splash_kernels():
+  pytest.importorskip('libtpu')
+  result = subprocess.run(
+      [sys.executable, '-c', _SPLASH], cwd=ROOT, text=True, capture_output=True, check=False,
+      env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': ''})
+  assert result.returncode == 0, result.stderr[-3000:]
+  # Forward 2; backward 3 for dq and 4 for dk and dv, or 5 when one kernel makes all.
+  assert result.stdout.split() == ['products', '9.0', 'products', '7.0']
+
+
 def test_batches_are_those_of_the_feature_converter():
   from retro_jax.data.features import RetroFeatureConverter, task_feature_lengths
   model = tiny_models.TINY
