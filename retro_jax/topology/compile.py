@@ -131,7 +131,8 @@ def too_large(message: str, topology: Topology, model_flops: float, seconds: flo
   return Cost(
       topology=topology.name, num_devices=topology.num_devices, fits=False,
       hbm_capacity_bytes=capacity or topology.chip.hbm_bytes, hbm_bytes_per_device=needed,
-      model_flops_per_step=model_flops, compile_seconds=seconds, reason=message.strip().splitlines()[0])
+      model_flops_per_step=model_flops, compile_seconds=seconds,
+      reason=message.strip().splitlines()[0])
 
 
 def memory_in_message(message: str) -> tuple[float | None, float | None]:

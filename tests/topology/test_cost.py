@@ -135,7 +135,8 @@ def test_of_a_conditional_the_longest_branch_counts():
 ENTRY %main (x: f32[8], i: s32[]) -> f32[8] {{
   %x = f32[8]{{0:T(128)S(1)}} parameter(0)
   %i = s32[] parameter(1)
-  ROOT %one = f32[8]{{0:T(128)S(1)}} conditional(%i, %x, %x, %x), branch_computations={{%short, %long, %none}}
+{texts.op('ROOT %one = f32[8]{0:T(128)S(1)} conditional(%i, %x, %x, %x), '
+          'branch_computations={%short, %long, %none}')}
 }}
 """
   result = run(text)
