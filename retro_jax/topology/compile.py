@@ -137,10 +137,10 @@ def too_large(message: str, topology: Topology, model_flops: float, seconds: flo
 
 def memory_in_message(message: str) -> tuple[float | None, float | None]:
   """(bytes needed, bytes there are) of HBM in an out-of-memory message; None if not told."""
-  amount = r'([\d.]+)([KMG]?)'
+  amount = r'([\d.]+)([KMGT]?)'
   for pattern in (rf'Used {amount} of {amount} hbm',
                   rf'\({amount}\) exceeds available HBM \({amount}\)'):
     if match := re.search(pattern, message):
-      scale = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': GIB}
+      scale = {'': 1, 'K': 2 ** 10, 'M': 2 ** 20, 'G': GIB, 'T': 2 ** 40}
       return float(match[1]) * scale[match[2]], float(match[3]) * scale[match[4]]
   return None, None

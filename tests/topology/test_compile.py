@@ -231,3 +231,35 @@ def test_without_libtpu_the_way_to_it_is_told(tmp_path, gin_file):
 def test_options_are_text_by_name():
   with pytest.raises(ValueError, match='expected a name without dashes and a value as text'):
     CompilerConfig({'xla_tpu_scoped_vmem_limit_kib': 65536})
+
+
+@pytest.fixture(scope='module')
+def one_layer(tmp_path_factory):
+  path = tmp_path_factory.mktemp('gin') / 'one_layer.gin'
+  settings = dict(vocab_size=256, d_model=128, num_layers=1, num_heads=1, head_dim=128,
+                  cca_layers=(), dtype='bfloat16')
+  path.write_text(''.join(f'RetroConfig.{name} = {value!r}\n' for name, value in settings.items()))
+  return path
+
+
+def test_a_step_that_does_not_fit(tmp_path, one_layer):
+  pytest.importorskip('libtpu')
+  result = call('--topology=v5e:2x2', f'--gin_file={one_layer}', '--gin.BATCH_SIZE=8388608',
+                '--gin.SEQUENCE_LENGTH=128', f'--output={tmp_path}/out.json')
+  assert result.returncode == 0, result.stderr[-3000:]
+  report = json.loads((tmp_path / 'out.json').read_text())
+  assert not report['fits'] and report['estimated_step_seconds'] is None
+  assert report['hbm_bytes_per_device'] > report['hbm_capacity_bytes'] == 15.75 * 2 ** 30
+  assert 'RESOURCE_EXHAUSTED' in report['reason'] and 'DOES NOT FIT' in result.stdout
+
+
+def test_search_goes_on_after_failures_and_names_the_best(tmp_path, one_layer):
+  pytest.importorskip('libtpu')
+  result = call('--topology=v5e:2x2', f'--gin_file={one_layer}', '--gin.SEQUENCE_LENGTH=128',
+                '--search', '--batch_sizes=6,8', '--remat=none', f'--output={tmp_path}/out.json')
+  assert result.returncode == 0, result.stderr[-3000:]
+  report = json.loads((tmp_path / 'out.json').read_text())
+  assert [t['batch_size'] for t in report['tried']] == [6, 8]
+  assert 'does not divide over' in report['tried'][0]['error']
+  assert report['best'] == report['tried'][1] and report['best']['report']['fits']
+  assert 'best that fits: batch      8' in result.stdout
