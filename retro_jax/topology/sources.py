@@ -14,12 +14,14 @@ from retro_jax.topology.program import Computation, Op, Program
 PASSES = ('forward', 'backward', 'recompute', 'update', 'unknown')
 # Looked up in this order: the encoder has attention and feed-forward layers of its own.
 _PARTS = (
-    ('encoder', re.compile(r'NeighborEncoder|\bencoder\b')),
+    ('encoder', re.compile(r'NeighborEncoder|EncoderLayer|\bencoder\b')),
     ('cca', re.compile(r'ChunkedCrossAttention|\bcca\b')),
     ('attention', re.compile(r'SelfAttention|\battention\b|splash_m')),
     ('ffw', re.compile(r'FeedForward|\b(ffw|feed_forward)\b')),
-    ('loss', re.compile(r'Embedding\.read|softmax_cross_entropy|\bloss\b')),
     ('embedding', re.compile(r'Embedding\.__call__')),
+    # Told by its innermost functions: 'mean_loss' is on the stack of the whole model.
+    ('loss', re.compile(r'Embedding\.read|softmax_cross_entropy|(?<!\w)_losses|\bone_block\b'
+                        r'|\bloss\b')),
     ('optimizer', re.compile(
         r'scale_by|clip_by|tree_norm|global_norm|chain\.|update_fn|apply_updates|\boptimizer\b')),
 )
