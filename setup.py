@@ -38,7 +38,8 @@ setup(
     python_requires='>=3.11',
     install_requires=REQUIREMENTS,
     extras_require={
-        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155'],
+        # libtpu is a compiler too: the tests compile a step for a TPU that is not there.
+        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155', 'libtpu'],
         'tpu': ['jax[tpu]'],  # the libtpu that the pinned jax asks for
         # What benchmarks/ measures against; none of it is needed to use the project.
         'bench': ['faiss-cpu>=1.15', 'sentence-transformers>=5'],

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retro_jax.models.placement import on_each_device
+from retro_jax.models.placement import on_each_device, platform
 from retro_jax.models.positions import skew
 
 Array = jax.Array
@@ -95,14 +95,14 @@ def _splash(q: Array, k: Array, v: Array, segments: Array, block: int) -> Array:
   """JAX's splash attention (Pallas); interpreted, slowly, where there is no TPU."""
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as kernel
   from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
-  n = q.shape[1]
+  n, interpret = q.shape[1], platform() == 'cpu'
 
   def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
     heads = q.shape[2]
     mask = masks.MultiHeadMask([masks.CausalMask((n, n))] * heads)
     attend = kernel.make_splash_mha(
         mask, head_shards=1, q_seq_shards=1, block_sizes=_splash_blocks(n, block),
-        residual_checkpoint_name='mixed', interpret=jax.default_backend() == 'cpu')
+        residual_checkpoint_name='mixed', interpret=interpret)
     by_head = lambda x: jnp.moveaxis(x, 2, 1)
     mixed = jax.vmap(attend)(by_head(q), by_head(k), by_head(v),
                              kernel.SegmentIds(segments, segments))

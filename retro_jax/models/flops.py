@@ -94,5 +94,5 @@ def training_flops(config: RetroConfig, batch_size: int, sequence_length: int) -
 
 
 def _has_relative_positions(config: RetroConfig) -> bool:
-  """Whether attention has Transformer-XL's position logits; a config without a choice has."""
-  return getattr(config, 'positions', 'relative') == 'relative'
+  """Whether attention has Transformer-XL's position logits; as the paper has."""
+  return config.positions == 'relative'

@@ -65,6 +65,12 @@ def place(x: Array, name: str | None = None, axis: int = -1) -> Array:
   return jax.lax.with_sharding_constraint(x, NamedSharding(current.mesh, spec))
 
 
+def platform() -> str:
+  """'tpu', 'gpu' or 'cpu': what the program that is being traced will run on."""
+  current = _CURRENT.get()
+  return current.mesh.devices.flat[0].platform if current else jax.default_backend()
+
+
 _LETTERS = {'b': 'batch', 'h': 'heads'}
 
 

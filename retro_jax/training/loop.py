@@ -28,6 +28,7 @@ from retro_jax.training import (
   step,
 )
 from retro_jax.training.checkpoints import CheckpointConfig
+from retro_jax.training.compiler import CompilerConfig
 from retro_jax.training.distributed import DistributedConfig
 from retro_jax.training.metrics import MetricWriter
 from retro_jax.training.optimizer import OptimizerConfig
@@ -94,6 +95,7 @@ class TrainJob:
   rules: ShardingRules = ShardingRules()
   checkpoints: CheckpointConfig = CheckpointConfig()
   distributed: DistributedConfig = DistributedConfig()
+  compiler: CompilerConfig = CompilerConfig()
 
 
 def train(job: TrainJob) -> dict[str, float]:
@@ -146,7 +148,7 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   # ------------------------------------------------------------------------------ loop
   train_step = step.make_train_step(
       model, update_rule, optimizer.schedule(job.optimizer, config.steps), mesh, abstract,
-      job.rules, config.microbatches)
+      job.rules, config.microbatches, job.compiler)
   evaluate = _Validation(job, mesh, state.shardings(abstract).parameters)
   writer = MetricWriter(run_dir, first)
   tokens = config.batch_size * data.shape.sequence_length

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from retro_jax.models import placement, retro
 from retro_jax.models.config import RetroConfig
 from retro_jax.training import partitioning
+from retro_jax.training.compiler import CompilerConfig
 from retro_jax.training.partitioning import ShardingRules
 from retro_jax.training.spikes import SpikeState
 from retro_jax.training.state import TrainState, shardings
@@ -61,7 +62,8 @@ def _neighbors(model: RetroConfig, batch: Batch) -> retro.Retrieval | None:
 
 def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
                     learning_rate: optax.Schedule, mesh: Mesh, abstract: TrainState,
-                    rules: ShardingRules = ShardingRules(), microbatches: int = 1
+                    rules: ShardingRules = ShardingRules(), microbatches: int = 1,
+                    compiler: CompilerConfig = CompilerConfig()
                     ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
@@ -78,6 +80,7 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
     rules: of which the activations are placed.
     microbatches: parts of the batch that are computed one after the other, for memory; the
       gradient is that of the whole.
+    compiler: options for XLA, used on TPUs.
   """
 
   def loss_and_gradient(parameters: retro.Parameters, batch: Batch):
@@ -118,7 +121,8 @@ def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
   everywhere = partitioning.replicated(mesh)
   examples = partitioning.batch_sharding(mesh)
   return jax.jit(step, in_shardings=(placed, {name: examples for name in batch_inputs(model)}),
-                 out_shardings=(placed, everywhere), donate_argnums=0)
+                 out_shardings=(placed, everywhere), donate_argnums=0,
+                 compiler_options=compiler.on(mesh))
 
 
 def _hash(batch: Batch) -> jax.Array:
