@@ -20,10 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # (processes, devices of each, data, fsdp, tensor)
 LAYOUTS = ((1, 1, 1, 1, 1), (2, 4, 1, 8, 1), (4, 2, 1, 8, 1), (1, 8, 1, 8, 1), (1, 8, 8, 1, 1),
            (2, 4, 1, 4, 2), (4, 2, 2, 2, 2))
-SMALL = ('--gin_file=gin/models/retro_tiny.gin', '--gin.RetroConfig.vocab_size=512',
-         '--gin.RetroConfig.chunk_length=8', '--gin.RetroConfig.num_neighbors=2',
-         '--gin.RetroConfig.num_heads=4', '--gin.RetroConfig.head_dim=16',
-         '--gin.RetroConfig.encoder_heads=4')
+SMALL = ('--gin_file=gin/models/retro_smoke.gin',)
 
 
 def main() -> None:

@@ -60,19 +60,19 @@ def _neighbors(model: RetroConfig, batch: Batch) -> retro.Retrieval | None:
   return retro.Retrieval(batch['neighbor_tokens'], batch['neighbor_mask'])
 
 
-def make_train_step(model: RetroConfig, optimizer: optax.GradientTransformation,
-                    learning_rate: optax.Schedule, mesh: Mesh, abstract: TrainState,
-                    rules: ShardingRules = ShardingRules(), microbatches: int = 1,
-                    compiler: CompilerConfig = CompilerConfig()
-                    ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+def make_train_step(
+    model: RetroConfig, optimizer: optax.GradientTransformation, learning_rate: optax.Schedule,
+    mesh: Mesh, abstract: TrainState, rules: ShardingRules = ShardingRules(),
+    microbatches: int = 1, compiler: CompilerConfig = CompilerConfig(),
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
   Metrics, float32 scalars: `loss` in nats a token, `bits_per_byte`, `gradient_norm`
   before clipping, `learning_rate`, `tokens` with a target, `batch_hash` (uint32: two runs that
-  saw the same batch, row by row, have the same, on whatever mesh), and `skipped_steps` of an optimizer
-  that skips spikes. Beside them, for the watch on
-  numbers that are no numbers (training/faults.py): `squares`, float32 [3, parameters], the
-  sums of squares of gradients, updates and new parameters, parameter by parameter.
+  saw the same batch, row by row, have the same, on whatever mesh), and `skipped_steps` of an
+  optimizer that skips spikes. Beside them, for the watch on numbers that are no numbers
+  (training/faults.py): `squares`, float32 [3, parameters], the sums of squares of gradients,
+  updates and new parameters, parameter by parameter.
 
   Args:
     model, optimizer, learning_rate: of the run.
