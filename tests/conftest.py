@@ -17,3 +17,8 @@ import hypothesis  # pylint: disable=wrong-import-position
 
 hypothesis.settings.register_profile('few', max_examples=12, deadline=None)
 hypothesis.settings.load_profile('few')
+
+
+def pytest_addoption(parser):
+  parser.addoption('--update_golden', action='store_true',
+                   help='write tests/golden anew instead of comparing with it')
