@@ -10,6 +10,6 @@ if [[ "${1:-}" == --devices ]]; then devices="${2:?--devices needs a number}"; s
 if [[ $# -eq 0 || "$1" == --help ]]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
 module="$1"; shift
 
-export XLA_FLAGS="--xla_force_host_platform_device_count=${devices} --xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-}"
+export XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-} --xla_force_host_platform_device_count=${devices}"
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 OMP_WAIT_POLICY=passive
 exec python -u -m "$module" "$@"

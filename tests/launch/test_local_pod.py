@@ -67,7 +67,8 @@ def test_dry_run_prints_each_process_with_its_variables():
     assert words[-5:-1] == ['-u', '-m', 'retro_jax.train', '--gin.A=b c']
     assert f'RETRO_PROCESS_ID={i}' in words and 'RETRO_START_TIMEOUT=7' in words
     assert 'RETRO_NUM_PROCESSES=2' in words and 'JAX_PLATFORMS=cpu' in words
-    assert any(w.startswith('XLA_FLAGS=--xla_force_host_platform_device_count=4 ') for w in words)
+    assert any(w.startswith('XLA_FLAGS=') and
+               w.endswith('--xla_force_host_platform_device_count=4') for w in words)
 
 
 def test_the_real_trainer_refuses_bad_settings_with_exit_code_2():
