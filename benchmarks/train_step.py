@@ -1,0 +1,205 @@
+"""A training step on CPUs: this project's RETRO and baseline against RETRO-pytorch's.
+
+  python benchmarks/train_step.py small --peer_python=peer/bin/python
+
+Forward, backward and AdamW in float32 on random tokens, all contenders in turn in each round,
+each in a process of its own; prints tokens per CPU second (all threads; waiting ones sleep) and
+ratios, medians over the rounds. The sizes are SMALL (d 256, 6 layers) and MED (d 896, 12 layers),
+sequences of 512 tokens, 2 neighbours of 128 a chunk of 64, 32,000 tokens. RETRO-pytorch drops
+its `heads` argument; its two stacks are built anew here with the heads of the size.
+`pip install torch retro-pytorch` into an environment of its own is the peer.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+from typing import Any
+
+N, M, K, VOCABULARY = 512, 64, 2, 32_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+  """Attributes: as in RetroConfig; `batch` in sequences."""
+  d_model: int
+  num_layers: int
+  num_heads: int
+  cca_layers: tuple[int, ...]
+  encoder_layers: int
+  encoder_d_model: int
+  batch: int
+
+
+SIZES = {'small': Size(256, 6, 4, (3, 6), 2, 256, 8),
+         'med': Size(896, 12, 16, (6, 9, 12), 2, 896, 2)}
+
+PEER = """
+import json, sys, time
+import torch
+from retro_pytorch.retro_pytorch import RETRO, Encoder, Decoder
+size, (n, m, k, vocabulary), threads, retrieval = json.loads(sys.argv[1])
+torch.set_num_threads(threads)
+torch.manual_seed(0)
+model = RETRO(num_tokens=vocabulary, max_seq_len=n, enc_dim=size['encoder_d_model'],
+              enc_depth=size['encoder_layers'], dec_depth=size['num_layers'],
+              dec_cross_attn_layers=tuple(size['cca_layers']), heads=size['num_heads'],
+              dec_dim=size['d_model'], dim_head=64, chunk_size=m)
+model.encoder = Encoder(dim=size['encoder_d_model'], context_dim=size['d_model'], dim_head=64,
+                        heads=size['num_heads'], depth=size['encoder_layers'],
+                        output_dim=size['d_model'])
+model.decoder = Decoder(dim=size['d_model'], depth=size['num_layers'], dim_head=64,
+                        heads=size['num_heads'], cross_attn_layers=tuple(size['cca_layers']),
+                        chunk_size=m)
+model.train()
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+b = size['batch']
+sequence = torch.randint(1, vocabulary, (b, n + 1))
+retrieved = torch.randint(1, vocabulary, (b, n // m, k, 2 * m))
+def step():
+  if retrieval:
+    loss = model(sequence, retrieved, return_loss=True)
+  else:
+    logits = model(sequence[:, :-1])
+    loss = torch.nn.functional.cross_entropy(logits.transpose(1, 2), sequence[:, 1:])
+  loss.backward()
+  optimizer.step()
+  optimizer.zero_grad(set_to_none=True)
+  return float(loss)
+"""
+
+OURS = """
+import json, sys, time
+import jax, numpy as np
+from retro_jax.models.config import RetroConfig
+from retro_jax.training import optimizer, partitioning, state, step as step_lib
+size, (n, m, k, vocabulary), threads, retrieval, changes = json.loads(sys.argv[1])
+b = size.pop('batch')
+config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
+                     chunk_length=m, num_neighbors=k, **(size | changes))
+config = config if retrieval else config.baseline()
+mesh = partitioning.make_mesh(partitioning.MeshConfig())
+settings = optimizer.OptimizerConfig(warmup_steps=1, peak_learning_rate=1e-4)
+rule = optimizer.make_optimizer(settings, 1000)
+abstract = state.abstract_state(config, rule, partitioning.ShardingRules(), mesh)
+current = state.init_state(config, rule, 0, abstract)
+run = step_lib.make_train_step(config, rule, optimizer.schedule(settings, 1000), mesh, abstract)
+rng = np.random.default_rng(0)
+tokens = rng.integers(1, vocabulary, (b, n + 1)).astype(np.int32)
+found = rng.integers(1, vocabulary, (b, n // m, k, 2 * m)).astype(np.int32)
+batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:],
+         'loss_weights': np.ones((b, n), np.float32), 'documents': np.zeros((b, n // m), np.int32),
+         'text_bytes': np.full((b, n // m), 4 * m, np.int32), 'neighbor_tokens': found,
+         'neighbor_mask': found != 0}
+batch = {name: batch[name] for name in step_lib.batch_inputs(config)}
+def step():
+  global current
+  current, metrics = run(current, batch)
+  return float(metrics['loss'])
+"""
+
+LOOP = """
+for line in sys.stdin:
+  begin = time.process_time()
+  for _ in range(int(line)):
+    loss = step()
+  print(json.dumps([time.process_time() - begin, loss]), flush=True)
+"""
+
+
+def main() -> None:
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument('size', choices=SIZES)
+  parser.add_argument('--peer_python', default='', help="interpreter with the peer; '' for none")
+  parser.add_argument('--rounds', type=int, default=5)
+  parser.add_argument('--steps', type=int, default=1, help='of each contender in a round')
+  parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--change', action='append', default=[], metavar='FIELD=VALUE',
+                      help='of RetroConfig, for our contenders')
+  parser.add_argument('--output', default='', help='JSON file for the numbers')
+  arguments = parser.parse_args()
+  size = SIZES[arguments.size]
+  changes = dict(change.split('=', 1) for change in arguments.change)
+  changes = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
+  contenders = {'RETRO': start(sys.executable, OURS, size, arguments.threads, True, changes),
+                'baseline': start(sys.executable, OURS, size, arguments.threads, False, changes)}
+  if arguments.peer_python:
+    for name, retrieval in (('peer RETRO', True), ('peer baseline', False)):
+      contenders[name] = start(arguments.peer_python, PEER, size, arguments.threads, retrieval)
+  seconds = measure(contenders, arguments.rounds, arguments.steps)
+  result = summary(arguments.size, size, seconds, arguments.steps, changes)
+  print(json.dumps(result, indent=2))
+  if arguments.output:
+    from retro_jax import storage
+    storage.write_json(arguments.output, result)
+
+
+def start(python: str, code: str, size: Size, threads: int, retrieval: bool,
+          changes: dict[str, Any] | None = None) -> subprocess.Popen:
+  """A process that takes steps whenever it is asked."""
+  given = [dataclasses.asdict(size), (N, M, K, VOCABULARY), threads, retrieval]
+  given += [] if changes is None else [changes]
+  environment = {
+      **os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': str(threads),
+      'JAX_PLATFORMS': 'cpu',
+      'XLA_FLAGS': '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT'}
+  return subprocess.Popen([python, '-c', code + LOOP, json.dumps(given)], text=True,
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def measure(contenders: dict[str, subprocess.Popen], rounds: int, steps: int
+            ) -> dict[str, list[float]]:
+  """CPU seconds of `steps` steps, a list over the rounds, after one step to warm up."""
+
+  def take(name: str, count: int) -> float:
+    process = contenders[name]
+    process.stdin.write(f'{count}\n')
+    process.stdin.flush()
+    answer = process.stdout.readline()
+    if not answer:
+      raise SystemExit(f'{name} ended; see above')
+    return json.loads(answer)[0]
+
+  for name in contenders:
+    take(name, 1)
+  seconds: dict[str, list[float]] = {name: [] for name in contenders}
+  for number in range(rounds):
+    for name in contenders:
+      seconds[name].append(take(name, steps))
+    print(f'round {number + 1}: ' + ', '.join(
+        f'{name} {values[-1]:.2f} CPU s' for name, values in seconds.items()), flush=True)
+  for process in contenders.values():
+    process.stdin.close()
+    process.wait()
+  return seconds
+
+
+def summary(name: str, size: Size, seconds: dict[str, list[float]], steps: int,
+            changes: dict[str, Any]) -> dict[str, Any]:
+  """Speeds, ratios by round (medians), and the ratio of FLOPs beside that of time."""
+  from retro_jax.models import flops
+  from retro_jax.models.config import RetroConfig
+  fields = {k: v for k, v in dataclasses.asdict(size).items() if k != 'batch'}
+  config = RetroConfig(vocab_size=VOCABULARY, head_dim=64, encoder_heads=size.num_heads,
+                       chunk_length=M, num_neighbors=K, **(fields | changes))
+  count = lambda c: flops.forward_flops(c, size.batch, N, as_computed=True).total
+  ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
+  result = {
+      'size': name, 'changes': changes,
+      'tokens_per_cpu_second': {who: size.batch * N * steps / statistics.median(values)
+                                for who, values in seconds.items()},
+      'cpu_seconds': seconds,
+      'time of RETRO over baseline': ratio('RETRO', 'baseline'),
+      'FLOPs of RETRO over baseline': count(config) / count(config.baseline())}
+  if 'peer RETRO' in seconds:
+    result |= {'speed over the peer, RETRO': ratio('peer RETRO', 'RETRO'),
+               'speed over the peer, baseline': ratio('peer baseline', 'baseline'),
+               'time of peer RETRO over its baseline': ratio('peer RETRO', 'peer baseline')}
+  return result
+
+
+if __name__ == '__main__':
+  main()
