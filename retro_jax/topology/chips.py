@@ -65,6 +65,19 @@ CHIPS = {chip.name: chip for chip in (
          devices_per_chip=2),
 )}
 
+# What JAX calls a device (`device_kind`), and what MFU is held against.
+_KINDS = {'TPU v4': 'v4', 'TPU v5 lite': 'v5e', 'TPU v5e': 'v5e', 'TPU v5': 'v5p', 'TPU v5p': 'v5p',
+          'TPU v6 lite': 'v6e', 'TPU v6e': 'v6e', 'TPU7x': 'tpu7x'}
+# NVIDIA's data sheets, dense bfloat16.
+_GPU_PEAKS = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12, 'B200': 2250e12}
+
+
+def peak_flops(device_kind: str) -> float:
+  """Dense bfloat16 FLOP/s of one JAX device by its kind; 0 when not known."""
+  if device_kind in _KINDS:
+    return CHIPS[_KINDS[device_kind]].peak_flops
+  return next((peak for name, peak in _GPU_PEAKS.items() if name in device_kind), 0.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Topology:

@@ -18,6 +18,7 @@ from retro_jax.errors import Preempted, UserError
 from retro_jax.evaluation import bits_per_byte
 from retro_jax.models import flops
 from retro_jax.models.config import RetroConfig
+from retro_jax.topology import chips
 from retro_jax.training import (
   checkpoints,
   distributed,
@@ -68,7 +69,8 @@ class TrainingConfig:
     log_every: steps between rows of metrics.
     evaluate_every: steps between scores of the validation examples; 0 for never.
     evaluate_examples: how many sequences of them to score.
-    peak_tflops: of one device at the compute dtype, for MFU; 0 when not known.
+    peak_tflops: of one device at the compute dtype, for MFU; 0 takes the published bfloat16 peak
+      of the device's kind, where that is known.
     profile_steps: (first, last) step to profile, for TensorBoard; () for none.
   """
   steps: int = 800_000
@@ -155,7 +157,8 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   telemetry = Telemetry(
       run_dir, first, config.steps,
       flops.training_flops(model, config.batch_size, data.shape.sequence_length) / tokens,
-      config.peak_tflops * 1e12 * mesh.size, carried)
+      mesh.size * (config.peak_tflops * 1e12 or chips.peak_flops(jax.devices()[0].device_kind)),
+      carried)
   watch = faults.Watch(
       run_dir, sorted(abstract.parameters), lambda number: {'examples': batches.examples_of_step(
           'train', config.batch_size, number - 1, job.data.seed)},

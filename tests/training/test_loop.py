@@ -185,3 +185,40 @@ def test_model_that_does_not_fit_the_data_is_refused(folder, changes, message):
 def test_batch_that_does_not_divide_is_refused(folder):
   with pytest.raises(UserError, match='batch size 6 does not divide'):
     loop.train(job_in(folder, 'misfit', batch_size=6))
+
+
+def test_rows_tell_speed_and_where_time_went(runs):
+  straight, broken = (metrics.read_metrics(job.run_dir) for job in runs[:2])
+  last = straight[-1]
+  assert last['seconds_per_step'] > 0 and 0 <= last['input_stall'] <= 1
+  assert last['model_flops_per_second'] == pytest.approx(
+      last['tokens_per_second'] * loop.flops.training_flops(runs[0].model, 8, 32) / (8 * 32))
+  assert 'mfu' not in last  # nobody knows the peak of a CPU
+  assert [row['starts'] for row in straight] == [1] * STEPS
+  assert [row['starts'] for row in broken] == [1] * EVERY + [2] * (STEPS - EVERY)
+  assert 0 < last['goodput'] <= 1 and broken[-1]['goodput'] < 1
+  # Nothing is compiled after the first steps: the train step once, and what prints and saves.
+  assert straight[-1]['compilations'] == straight[4]['compilations']
+
+
+def test_each_batch_has_a_hash_of_its_own(runs):
+  hashes = [[row['batch_hash'] for row in metrics.read_metrics(job.run_dir)] for job in runs[:2]]
+  assert hashes[0] == hashes[1] and len(set(hashes[0])) == STEPS
+
+
+def test_no_step_moves_anything_between_host_and_device_unseen(folder, compiled_once, monkeypatch):
+  """The step and all that follows it until the next, under JAX's guard against transfers."""
+  real = loop.step.make_train_step
+
+  def guarded(*args, **kwargs):
+    train_step = real(*args, **kwargs)
+
+    def run(state, batch):
+      with jax.transfer_guard('disallow'):
+        return train_step(state, batch)
+    return run
+
+  monkeypatch.setattr(loop.step, 'make_train_step', guarded)
+  loop.train(job_in(folder, 'guarded', steps=2))
+  with jax.transfer_guard('disallow'), pytest.raises(Exception, match='Disallowed'):
+    jax.jit(lambda x: x + 1)(np.ones(3))  # the guard is one
