@@ -1,6 +1,7 @@
 """The two tools as a person calls them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 
 import retro_jax
 from retro_jax.data.records import Examples
+from retro_jax.retrieval.database import ChunkDatabase
 from tests import worlds
 
 ROOT = Path(retro_jax.__file__).parents[1]
@@ -60,3 +62,36 @@ def test_mistakes_are_one_line_and_exit_code_2(built, setting, words):
   errors = [line for line in result.stderr.splitlines() if line.startswith('error: ')]
   assert result.returncode == 2 and len(errors) == 1 and words in errors[0], result.stderr
   assert 'Traceback' not in result.stderr and not (folder / 'none').exists()
+
+
+def test_a_database_lives(built, tmp_path):
+  """verify finds a flipped byte, build makes that part anew; remove, compact and add."""
+  folder = tmp_path / 'copy'
+  shutil.copytree(built[0], folder)
+  arguments = [a.replace(str(built[0]), str(folder)) if 'PATTERN' not in a else a
+               for a in built[1]]
+  whole = call('build_database', 'verify', f'{folder}/db', f'{folder}/index')
+  assert whole.returncode == 0 and 'every byte is as it was written' in whole.stdout
+  victim = next((folder / 'db' / 'chunks').rglob('*.npy'))
+  before = victim.read_bytes()
+  victim.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+  damaged = call('build_database', 'verify', f'{folder}/db')
+  assert damaged.returncode == 1 and victim.name in damaged.stdout, damaged.stdout
+  again = call('build_database', *arguments)
+  assert again.returncode == 0 and victim.read_bytes() == before, again.stderr
+
+  database = ChunkDatabase.open(folder / 'db')
+  name = database.document_info(0)['id']
+  (folder / 'ids').write_text(f'{name}\n')
+  removed = call('build_database', 'remove', f'{folder}/db', f'@{folder}/ids')
+  assert removed.returncode == 0 and '1 documents removed' in removed.stdout
+  compacted = call('build_database', 'compact', f'{folder}/db', f'{folder}/index')
+  assert compacted.returncode == 0 and '1 documents taken out' in compacted.stdout
+  unknown = call('build_database', 'remove', f'{folder}/db', 'nobody')
+  assert unknown.returncode == 2 and unknown.stderr.count('error: ') == 1
+
+  worlds.write_source(folder / 'more.jsonl', worlds.documents(7, 4, prefix='more'))
+  added = call('build_database', 'add', *[
+      f'--gin.PATTERN={folder}/more.jsonl' if 'PATTERN' in a else a for a in arguments])
+  assert added.returncode == 0, added.stderr
+  assert ChunkDatabase.open(folder / 'db').num_documents == database.num_documents - 1 + 4
