@@ -64,7 +64,8 @@ def run(folder: Path, data: str, settings: Sequence[str], steps: int, batch_size
              '--gin_file=gin/runs/pretrain.gin', f'--gin.RUN_DIR={folder.absolute()}',
              f"--gin.TRAIN_DATA={{'{os.path.abspath(data)}': 1.0}}", f'--gin.TRAIN_STEPS={steps}',
              f'--gin.BATCH_SIZE={batch_size}', '--gin.TrainingConfig.log_every=1', *sizes]
-  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+  done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False,
+                        env={**os.environ, 'PYTHON': sys.executable})
   if done.returncode:
     raise RuntimeError(f'{" ".join(command)} ended with {done.returncode}:\n'
                        f'{done.stdout[-1000:]}{done.stderr[-3000:]}')

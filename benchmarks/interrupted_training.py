@@ -140,7 +140,8 @@ class Runs:
     command = ['launch/local_cpu.sh', '--devices', '1', 'retro_jax.train', *run]
     if pod:
       command = ['launch/local_pod.sh', *map(str, pod), 'retro_jax.train', *run]
-    environment = {**os.environ, 'JAX_COMPILATION_CACHE_DIR': str(self._folder / 'compiled')}
+    environment = {**os.environ, 'PYTHON': sys.executable,
+                   'JAX_COMPILATION_CACHE_DIR': str(self._folder / 'compiled')}
     with open(self._folder / 'log.txt', 'ab') as log:
       return subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=environment,
                               start_new_session=True)

@@ -12,4 +12,4 @@ module="$1"; shift
 
 export XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-} --xla_force_host_platform_device_count=${devices}"
 export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 OMP_WAIT_POLICY=passive
-exec python -u -m "$module" "$@"
+exec "${PYTHON:-python}" -u -m "$module" "$@"

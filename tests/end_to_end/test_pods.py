@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from tests import worlds
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 400
+ENVIRONMENT = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0',
+               'PYTHON': sys.executable}
 
 
 @pytest.fixture(scope='module')
@@ -39,7 +42,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_elsewhere(data, tmp_path):
   with open(tmp_path / 'log', 'w') as log:
     pod = subprocess.Popen(['launch/local_pod.sh', '2', '1', *command], cwd=ROOT, stdout=log,
                            stderr=log, start_new_session=True,
-                           env={**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0'})
+                           env=ENVIRONMENT)
     deadline = time.monotonic() + 300
     while not read_metrics(tmp_path / 'run') and pod.poll() is None:
       assert time.monotonic() < deadline
@@ -53,7 +56,7 @@ def test_sigterm_saves_and_the_same_command_goes_on_elsewhere(data, tmp_path):
   (saved,) = [int(p.name) for p in (tmp_path / 'run/checkpoints').iterdir()]
   assert f'SIGTERM; saved step {saved:,} of {STEPS:,}' in text and saved < STEPS
   found = subprocess.run(['launch/local_pod.sh', '1', '2', *command], cwd=ROOT,
-                         capture_output=True, text=True, check=False)
+                         capture_output=True, text=True, check=False, env=ENVIRONMENT)
   assert found.returncode == 0, found.stderr
   assert f'continuing from the checkpoint of step {saved:,}' in found.stdout
   rows = read_metrics(tmp_path / 'run')

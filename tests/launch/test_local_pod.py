@@ -29,7 +29,7 @@ def test_two_processes_of_two_devices_are_one_machine():
 def test_one_that_fails_ends_the_others_with_its_exit_code():
   begin = time.monotonic()
   process = start('3', '1', 'tests.launch.local_worker', 'fail', '70')
-  _, err = process.communicate(timeout=30)
+  _, err = process.communicate(timeout=120)
   assert process.returncode == 70 and 'process 1 ended with exit code 70' in err, err
   assert len(err.splitlines()) == 1 and time.monotonic() - begin < 20, err
 
@@ -37,7 +37,7 @@ def test_one_that_fails_ends_the_others_with_its_exit_code():
 def test_one_that_will_not_end_is_killed(tmp_path):
   process = start('2', '1', 'tests.launch.local_worker', 'stubborn', str(tmp_path),
                   RETRO_GRACE_SECONDS='1')
-  _, err = process.communicate(timeout=30)
+  _, err = process.communicate(timeout=120)
   assert process.returncode == 2
   assert [line.split(':')[0] for line in err.splitlines()] == ['local_pod'], err
   with pytest.raises(ProcessLookupError):
@@ -51,7 +51,7 @@ def test_signals_reach_all(tmp_path, name):
     assert process.poll() is None
     time.sleep(0.05)
   process.send_signal(signal.Signals[name])
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   assert process.returncode == 75, err
   assert [f'[{i}] stopped by {name}' for i in range(3)] == sorted(out.splitlines()), out
 

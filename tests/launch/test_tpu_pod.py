@@ -165,7 +165,7 @@ def test_a_host_that_goes_missing_during_the_run(pod):
   pod.set('plan', 'run run\n0 0')
   process = start_train(pod)
   pod.set('missing', '1')
-  out, err = process.communicate(timeout=60)
+  out, err = process.communicate(timeout=120)
   assert process.returncode == 0, out + err
   assert 'has not answered 3 times' in err and len(pod.attempts()) == 2
 
@@ -186,7 +186,7 @@ def test_stop_saves_and_ends_train_without_another_try(pod):
   process = start_train(pod)
   stopped = pod.call('stop')
   assert stopped.returncode == 0 and 'nothing runs' in stopped.stderr, stopped.stderr
-  out, err = process.communicate(timeout=30)
+  out, err = process.communicate(timeout=120)
   assert process.returncode == 75 and 'stopped as asked' in err, out + err
   assert len(pod.attempts()) == 1
 
@@ -195,7 +195,7 @@ def test_the_run_outlives_the_launcher_and_is_found_again(pod):
   pod.set('plan', 'run run\n0 0')
   first = start_train(pod)
   first.send_signal(signal.SIGINT)
-  _, err = first.communicate(timeout=30)
+  _, err = first.communicate(timeout=120)
   assert first.returncode == 130 and 'goes on on its workers' in err, err
   busy = pod.call('run')
   assert busy.returncode == 2 and 'runs already' in busy.stderr, busy.stderr
@@ -203,7 +203,7 @@ def test_the_run_outlives_the_launcher_and_is_found_again(pod):
   watching = next(line for line in second.stderr if 'runs already' in line)
   assert 'on 2 of 2 workers; watching it' in watching
   pod.call('stop')
-  second.communicate(timeout=30)
+  second.communicate(timeout=120)
   assert second.returncode == 75 and len(pod.attempts()) == 1
 
 
@@ -214,7 +214,7 @@ def test_a_gcloud_that_hangs_during_the_run_leaves_it_running(pod):
   time.sleep(0.5)  # past its start
   pod.set('hang-ssh')
   pod.set('hang-describe')
-  _, err = process.communicate(timeout=60)
+  _, err = process.communicate(timeout=120)
   assert process.returncode == 69 and 'call train again' in err, err
   for verb in ('ssh', 'describe'):
     (pod.folder / f'hang-{verb}').unlink()

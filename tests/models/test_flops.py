@@ -12,7 +12,8 @@ from retro_jax.models.config import RetroConfig
 # Two layers in a row never repeat, so no scan hides a layer from XLA's count.
 SMALL = RetroConfig(
     vocab_size=512, d_model=128, num_layers=2, num_heads=4, head_dim=32, chunk_length=16,
-    cca_layers=(1, 2), encoder_d_model=64, encoder_layers=2, encoder_heads=2, encoder_head_dim=32)
+    cca_layers=(1, 2), encoder_d_model=64, encoder_layers=2, encoder_heads=2, encoder_head_dim=32,
+    attention_kernel='einsum')
 
 PAPER_7B = RetroConfig(
     vocab_size=128_000, d_model=4096, num_layers=32, num_heads=32, head_dim=128, chunk_length=64,
