@@ -15,6 +15,8 @@ from retro_jax.training.metrics import read_metrics
 from tests import worlds
 
 ROOT = Path(__file__).resolve().parents[2]
+# Two layers: what takes the time is compiling.
+SMALL = (*any_mesh.SMALL, '--gin.RetroConfig.num_layers=2', '--gin.RetroConfig.cca_layers=(2,)')
 STEPS = 400
 ENVIRONMENT = {**os.environ, 'XLA_FLAGS': '--xla_backend_optimization_level=0',
                'PYTHON': sys.executable}
@@ -30,13 +32,13 @@ def data(tmp_path_factory):
 def test_two_processes_see_and_learn_what_one_does(data, tmp_path, monkeypatch):
   monkeypatch.setenv('XLA_FLAGS', '--xla_backend_optimization_level=0')
   assert any_mesh.compare(
-      tmp_path / 'runs', str(data), any_mesh.SMALL, steps=4, batch_size=4, tolerance=1e-5,
+      tmp_path / 'runs', str(data), SMALL, steps=4, batch_size=4, tolerance=1e-5,
       layouts=((1, 1, 1, 1, 1), (2, 2, 1, 2, 2)))
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_elsewhere(data, tmp_path):
   """Two processes are told to stop through one; what was saved goes on with one process."""
-  command = ['retro_jax.train', *any_mesh.SMALL, '--gin_file=gin/runs/pretrain.gin',
+  command = ['retro_jax.train', *SMALL, '--gin_file=gin/runs/pretrain.gin',
              f'--gin.RUN_DIR={tmp_path}/run', f"--gin.TRAIN_DATA={{'{data}': 1.0}}",
              f'--gin.TRAIN_STEPS={STEPS}', '--gin.BATCH_SIZE=2', '--gin.TrainingConfig.log_every=1']
   with open(tmp_path / 'log', 'w') as log:
