@@ -10,7 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from retro_jax.models.placement import place
+from retro_jax.models.placement import place, sum_over_examples
 
 Array = jax.Array
 
@@ -40,23 +40,31 @@ def summed_loss(hidden: Array, table: Array, targets: Array, weights: Array, blo
 
 
 def _forward(hidden: Array, table: Array, targets: Array, weights: Array, block: int):
+  # Each device sums over its own examples; their sums meet once, not after every block.
+  run = sum_over_examples(functools.partial(_forward_here, block), (True, False, True, True),
+                          (None, 1), width=table.shape[1])
+  total, of_hidden, of_table = run(hidden, table.astype(hidden.dtype), targets, weights)
+  return total, (of_hidden, of_table.astype(table.dtype))
+
+
+def _forward_here(block: int, hidden: Array, cast: Array, targets: Array, weights: Array):
+  """The summed loss, its gradient by `hidden`, and that by the table, float32."""
   blocks, rest = _blocks(block, hidden, targets, weights)
-  cast = table.astype(hidden.dtype)
 
   def one_block(carry, xs):
     total, table_gradient = carry
     x, y, w = xs
     losses, logits, normalizer = _losses(x, y, cast)
-    is_target = jnp.arange(table.shape[0]) == y[..., None]
+    is_target = jnp.arange(cast.shape[0]) == y[..., None]
     of_logits = (jnp.exp(logits - normalizer) - is_target) * w[..., None]
     of_logits = of_logits.astype(hidden.dtype)
     of_x = jnp.einsum('bnv,vd->bnd', of_logits, cast)
     table_gradient += jnp.einsum('bnv,bnd->vd', of_logits, x, preferred_element_type=jnp.float32)
     return (total + (losses * w).sum(), table_gradient), of_x
 
-  start = jnp.zeros((), jnp.float32), jnp.zeros(table.shape, jnp.float32)
+  start = jnp.zeros((), jnp.float32), jnp.zeros(cast.shape, jnp.float32)
   (total, of_table), of_hidden = jax.lax.scan(one_block, start, blocks)
-  return total, (_joined(of_hidden, rest), of_table.astype(table.dtype))
+  return total, _joined(of_hidden, rest), of_table
 
 
 def _backward(block: int, gradients, cotangent: Array):

@@ -158,8 +158,10 @@ def build_examples(
     todo = {block for block, task in enumerate(blocks) if task.why_not_current() is not None}
     if todo and runner.leads and storage.is_whole(folder, records.KIND):
       files.remove_tree(files.join(folder, storage.MANIFEST))
-    searches = [task for block in sorted(todo)
-                for task in search_tasks(retrieval, block, sequences, shape.num_chunks)]
+    by_block = [search_tasks(retrieval, block, sequences, shape.num_chunks)
+                for block in sorted(todo)]
+    # Part by part: a process keeps one in memory, and loads the next when it is through.
+    searches = [task for of_part in zip(*by_block) for task in of_part]
     runner.run('neighbours', searches, 'chunks x parts')
     runner.run('records', blocks, 'chunks')
     if runner.leads:

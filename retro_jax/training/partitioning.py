@@ -65,9 +65,12 @@ class ShardingRules:
   layers: str | None = None
 
   def activations(self, mesh: Mesh) -> Placement:
-    """Where the model's activations lie: examples and, of each, heads and columns."""
+    """Where the model's activations lie: examples and, of each, heads and columns.
+
+    'parameters' is the mesh axis over which gradients are cut (the rule for `embed`).
+    """
     return Placement(mesh, {'batch': BATCH_SPEC[0], 'heads': self.heads, 'mlp': self.mlp,
-                            'vocab': self.vocab})
+                            'vocab': self.vocab, 'parameters': self.embed})
 
   def spec(self, name: str, axes: Sequence[str], shape: Sequence[int],
            mesh: Mesh) -> PartitionSpec:
