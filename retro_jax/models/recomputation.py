@@ -7,7 +7,10 @@ from flax import nnx
 
 # By name of the policy, what is kept of a layer; `query`, ... are marked in attention.py.
 _POLICIES = {
-    'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Fused attention is no product that JAX sees, so what it gave is kept by name.
+    'dots': jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names('mixed')),
     'projections': jax.checkpoint_policies.save_only_these_names('query', 'key', 'value', 'mixed'),
     'attention': jax.checkpoint_policies.save_only_these_names('mixed'),
     'full': jax.checkpoint_policies.nothing_saveable,
