@@ -37,8 +37,8 @@ class RetroConfig:
     share_embeddings: one table for decoder and encoder (needs d = d').
     dtype: of activations and matrix products; parameters, softmax and loss are float32.
     remat: what the backward pass recomputes, layer by layer: 'none'; 'dots', all but products
-      with parameters and what attention gave; 'projections', all but queries, keys, values and what attention gave;
-      'attention', all but the latter; 'full', everything.
+      with parameters and what attention gave; 'projections', all but queries, keys, values
+      and what attention gave; 'attention', all but the latter; 'full', everything.
     positions: 'relative' as in the paper, or 'rotary', which has no parameters of its own
       and which the fused kernels know.
     attention_kernel: how decoder self-attention is computed (attention_kernels.py).
