@@ -60,19 +60,22 @@ class Runs:
     self._folder, self._settings = folder, list(settings)
     folder.mkdir(parents=True)
     begin = time.monotonic()
-    self._finish('undisturbed')
-    self._seconds = time.monotonic() - begin
+    process = self._start('undisturbed')
+    self._wait_for_step('undisturbed', 1, process)
+    self._starting = time.monotonic() - begin
+    if code := process.wait():
+      raise RuntimeError(f'undisturbed: the run ended with {code}; see {folder}/log.txt')
+    self._training = time.monotonic() - begin - self._starting
 
   def killed(self, kills: int, rng: random.Random) -> bool:
     """SIGKILL; whether the weights are the undisturbed run's."""
-    print(f'undisturbed: {self._seconds:.0f} s')
+    print(f'undisturbed: {self._starting:.0f} s to the first step, then {self._training:.0f} s')
     while_saving, done = 0, 0
     while done < kills:
       process = self._start('killed')
       if done % 2:
-        wait = rng.uniform(0, self._seconds)
         try:
-          process.wait(wait)
+          process.wait(rng.uniform(0, self._starting + self._training / 4))
         except subprocess.TimeoutExpired:
           pass
       else:
