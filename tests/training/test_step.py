@@ -190,3 +190,24 @@ def test_adamw_equals_numpy(size):
     for name in shapes:
       np.testing.assert_allclose(parameters[name], expected[name], rtol=1e-5, atol=1e-6,
                                  err_msg=f'{name} after step {count}')
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 2, 4)],
+                         ids=lambda sizes: 'x'.join(map(str, sizes)))
+def test_every_device_computes_its_share_and_no_more(sizes):
+  """Decoder, CCA and encoder alike: XLA's count of one device's FLOPs is an eighth of one's own."""
+  config = dataclasses.replace(
+      CONFIG, d_model=64, head_dim=16, d_ff=256, encoder_d_model=64, encoder_head_dim=16,
+      encoder_d_ff=256, vocab_size=512, positions='rotary')
+
+  def flops(sizes):
+    mesh = partitioning.make_mesh(MeshConfig(*sizes), jax.devices()[:math.prod(sizes)])
+    rule = optax.sgd(0.1)
+    abstract = state.abstract_state(config, rule, ShardingRules(), mesh)
+    train_step = step.make_train_step(config, rule, lambda count: 0.1, mesh, abstract)
+    examples = partitioning.batch_sharding(mesh)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=examples)
+             for name, x in batch_of(0).items() if name in step.batch_inputs(config)}
+    return train_step.lower(abstract, batch).compile().cost_analysis()['flops']
+
+  assert flops(sizes) / flops((1, 1, 1)) == pytest.approx(1 / 8, rel=0.15)
