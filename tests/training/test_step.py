@@ -211,3 +211,19 @@ def test_every_device_computes_its_share_and_no_more(sizes):
     return train_step.lower(abstract, batch).compile().cost_analysis()['flops']
 
   assert flops(sizes) / flops((1, 1, 1)) == pytest.approx(1 / 8, rel=0.15)
+
+
+def test_depth_does_not_make_the_program_longer():
+  """Layers are scanned: 30 layers in the pattern 6, 9, 12, ... are written as 12 are."""
+  def operations(layers):
+    config = dataclasses.replace(CONFIG, num_layers=layers, remat='full',
+                                 cca_layers=tuple(range(6, layers + 1, 3)))
+    mesh = partitioning.make_mesh(MeshConfig(1, 1, 1), jax.devices()[:1])
+    rule = optimizer.make_optimizer(OptimizerConfig(), 10)
+    abstract = state.abstract_state(config, rule, ShardingRules(), mesh)
+    train_step = step.make_train_step(config, rule, lambda count: 0.1, mesh, abstract)
+    batch = {name: jax.ShapeDtypeStruct(x.shape, x.dtype)
+             for name, x in batch_of(0).items() if name in step.batch_inputs(config)}
+    return len(train_step.lower(abstract, batch).as_text().splitlines())
+
+  assert operations(30) == pytest.approx(operations(12), rel=0.01)
