@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import signal
 import subprocess
 from pathlib import Path
 
@@ -16,6 +17,12 @@ def run(script, *arguments, root=ROOT, timeout=60, **variables):
       [f'launch/{script}', *map(str, arguments)], cwd=root, text=True, capture_output=True,
       check=False, timeout=timeout, stdin=subprocess.DEVNULL,
       env={**os.environ, 'XLA_FLAGS': '', **variables})
+
+
+def hear_interrupts():
+  """In a child before it starts: a test run in the background has SIGINT ignored, and so its
+  children, whose shells then cannot trap it."""
+  signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def words(line):

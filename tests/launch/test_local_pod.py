@@ -14,8 +14,9 @@ from tests.launch import scripts
 def start(*arguments, **variables):
   return subprocess.Popen(
       ['launch/local_pod.sh', *arguments], cwd=scripts.ROOT, text=True, stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(scripts.ROOT), 'XLA_FLAGS': '',
-                                   'PYTHON': sys.executable, **variables})
+      stderr=subprocess.PIPE, preexec_fn=scripts.hear_interrupts,
+      env={**os.environ, 'PYTHONPATH': str(scripts.ROOT), 'XLA_FLAGS': '',
+           'PYTHON': sys.executable, **variables})
 
 
 def test_two_processes_of_two_devices_are_one_machine():

@@ -173,7 +173,7 @@ def test_a_host_that_goes_missing_during_the_run(pod):
 def start_train(pod, **variables):
   process = subprocess.Popen(
       ['launch/tpu_pod.sh', 'train', *FLAGS, *TRAINING], cwd=pod.root, text=True,
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=scripts.hear_interrupts,
       env={**os.environ, **pod.variables, **variables})
   while not all(pod.attempts(worker) for worker in range(2)):
     assert process.poll() is None, process.communicate()
