@@ -15,7 +15,7 @@ from retro_jax.models.attention import Attention
 from retro_jax.models.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.models.config import RetroConfig, layer_plan
 from retro_jax.models.layers import FeedForward, RMSNorm
-from retro_jax.models.placement import place
+from retro_jax.models.placement import place, place_parameters
 from retro_jax.models.recomputation import recomputed
 
 Array = jax.Array
@@ -117,7 +117,7 @@ class Decoder(nnx.Module):
     structure, parameters = nnx.split(stack)
 
     def body(h: Array, layer: Any) -> tuple[Array, None]:
-      module = nnx.merge(structure, layer)
+      module = nnx.merge(structure, place_parameters(layer))
       run = module if isinstance(module, Period) else recomputed(
           module, self.remat, scanned=True)
       return place(run(h, segments, encoded)), None

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 Array = jax.Array
@@ -19,9 +20,16 @@ MeshAxes = str | tuple[str, ...] | None
 
 @dataclasses.dataclass(frozen=True)
 class Placement:
-  """Attributes: the mesh, and the mesh axes of each name of an activation's axis."""
+  """Where arrays lie.
+
+  Attributes:
+    mesh: of the devices.
+    axes: mesh axes of each name of an activation's axis.
+    parameters: the same for names of parameters' axes; {} leaves parameters to XLA.
+  """
   mesh: Mesh
   axes: Mapping[str, MeshAxes]
+  parameters: Mapping[str, MeshAxes] = dataclasses.field(default_factory=dict)
 
   def spec(self, names: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec:
     """The placement of an array; an axis that does not divide is left whole."""
@@ -63,6 +71,24 @@ def place(x: Array, name: str | None = None, axis: int = -1) -> Array:
     names[axis] = name
   spec = current.spec(tuple(names), x.shape)
   return jax.lax.with_sharding_constraint(x, NamedSharding(current.mesh, spec))
+
+
+def place_parameters(state: nnx.State) -> nnx.State:
+  """Parameters as they lie at rest, for the sake of their gradients, which then lie so too.
+
+  The transpose of a constraint is the same constraint: in the backward pass of a scanned layer
+  each device keeps its own part of a gradient as soon as there is one, instead of the whole.
+  """
+  current = _CURRENT.get()
+  if current is None or current.mesh.size == 1 or not current.parameters:
+    return state
+  placed = []
+  for path, variable in nnx.to_flat_state(state):
+    value, names = variable.get_value(), variable.get_metadata()['axes']
+    spec = PartitionSpec(*(current.parameters[name] for name in names))
+    value = jax.lax.with_sharding_constraint(value, NamedSharding(current.mesh, spec))
+    placed.append((path, variable.replace(value)))
+  return nnx.from_flat_state(placed)
 
 
 def platform() -> str:

@@ -70,7 +70,8 @@ class ShardingRules:
     'parameters' is the mesh axis over which gradients are cut (the rule for `embed`).
     """
     return Placement(mesh, {'batch': BATCH_SPEC[0], 'heads': self.heads, 'mlp': self.mlp,
-                            'vocab': self.vocab, 'parameters': self.embed})
+                            'vocab': self.vocab, 'parameters': self.embed},
+                     {name.name: getattr(self, name.name) for name in dataclasses.fields(self)})
 
   def spec(self, name: str, axes: Sequence[str], shape: Sequence[int],
            mesh: Mesh) -> PartitionSpec:

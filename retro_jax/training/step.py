@@ -97,6 +97,8 @@ def make_train_step(
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
     with placement.on(rules.activations(mesh)):
       total, gradient = loss_and_gradient(state.parameters, batch)
+    # Before anything reads it, or XLA may do that to the whole on every device.
+    gradient = jax.lax.with_sharding_constraint(gradient, placed.parameters)
     targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
     loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
     updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
