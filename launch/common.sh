@@ -22,6 +22,29 @@ value() { [[ $# -ge 2 && -n "$2" ]] || bad "$1 needs a value"; printf '%s' "$2";
 
 number() { [[ "$2" =~ ^[0-9]+$ ]] || bad "$1 is '$2', expected a whole number"; }
 
+# check_run NAME BUCKET [VARIABLE ...]: the flags that the pod launchers have in common.
+check_run() {
+  local name="$1" bucket="$2" variable
+  shift 2
+  # Clouds' rule for names of machines; no name can be mistaken for a flag.
+  [[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 40 ]] ||
+    bad "--name is '$name', expected at most 40 lower-case letters, digits and hyphens"
+  [[ -z "$bucket" || "$bucket" == gs://* ]] || bad "--bucket is '$bucket', expected gs://..."
+  for variable in "$@"; do
+    [[ "$variable" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || bad "--env is '$variable', expected NAME=VALUE"
+  done
+}
+
+# cpu_environment DEVICES: sets CPU_ENVIRONMENT for a process with so many fake CPU devices.
+# The number asked for comes last and so wins over one in XLA_FLAGS.
+cpu_environment() {
+  # shellcheck disable=SC2034  # used by the scripts that source this
+  CPU_ENVIRONMENT=(
+    XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-} --xla_force_host_platform_device_count=$1"
+    JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 OMP_WAIT_POLICY=passive
+  )
+}
+
 # quoted WORD ...: one line that a shell reads as these words.
 quoted() {
   local line

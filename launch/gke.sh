@@ -80,13 +80,8 @@ done
 for flag in name cluster zone project; do
   [[ -n "${!flag}" ]] || bad "--$flag is required (or RETRO_${flag^^})"
 done
-[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 40 ]] ||
-  bad "--name is '$name', expected at most 40 lower-case letters, digits and hyphens"
+check_run "$name" "$bucket" "${variables[@]}"
 number --max_restarts "$max_restarts"; number --lines "$lines"
-[[ -z "$bucket" || "$bucket" == gs://* ]] || bad "--bucket is '$bucket', expected gs://..."
-for variable in "${variables[@]}"; do
-  [[ "$variable" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || bad "--env is '$variable', expected NAME=VALUE"
-done
 if [[ "$command" == create ]]; then
   [[ -n "$type" ]] || bad '--type is required (or RETRO_TYPE), e.g. v5litepod-16'
   check_module "${training[@]}"

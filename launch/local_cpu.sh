@@ -4,12 +4,13 @@
 # usage: launch/local_cpu.sh [--devices N] MODULE [--gin_file=FILE ...] [--gin.NAME=VALUE ...]
 #   e.g. launch/local_cpu.sh --devices 8 retro_jax.train --gin_file=... --dry_run
 set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
 
 devices=8
 if [[ "${1:-}" == --devices ]]; then devices="${2:?--devices needs a number}"; shift 2; fi
 if [[ $# -eq 0 || "$1" == --help ]]; then sed -n '2,6s/^# \{0,1\}//p' "$0"; exit 2; fi
 module="$1"; shift
 
-export XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-} --xla_force_host_platform_device_count=${devices}"
-export JAX_PLATFORMS=cpu TF_CPP_MIN_LOG_LEVEL=3 OMP_WAIT_POLICY=passive
-exec "${PYTHON:-python}" -u -m "$module" "$@"
+cpu_environment "$devices"
+exec env "${CPU_ENVIRONMENT[@]}" "${PYTHON:-python}" -u -m "$module" "$@" 3>&-

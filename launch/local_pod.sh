@@ -32,10 +32,10 @@ number RETRO_GRACE_SECONDS "$grace"
 command -v "$python" >/dev/null || bad "$python: not found; source .venv/bin/activate, or set PYTHON"
 
 port="$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+cpu_environment "$devices"
 shared=(
-  XLA_FLAGS="--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT ${XLA_FLAGS:-} --xla_force_host_platform_device_count=${devices}"
-  JAX_PLATFORMS=cpu JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo TF_CPP_MIN_LOG_LEVEL=3
-  OMP_WAIT_POLICY=passive RETRO_COORDINATOR="127.0.0.1:${port}" RETRO_NUM_PROCESSES="$processes"
+  "${CPU_ENVIRONMENT[@]}" JAX_CPU_COLLECTIVES_IMPLEMENTATION=gloo
+  RETRO_COORDINATOR="127.0.0.1:${port}" RETRO_NUM_PROCESSES="$processes"
   RETRO_START_TIMEOUT="${RETRO_START_TIMEOUT:-120}"
 )
 if [[ -n "$DRY_RUN" ]]; then

@@ -98,17 +98,11 @@ done
 for flag in name zone project; do
   [[ -n "${!flag}" ]] || bad "--$flag is required (or RETRO_${flag^^})"
 done
-# gcloud's rule for the names of nodes; no name can be mistaken for a flag.
-[[ "$name" =~ ^[a-z]([a-z0-9-]*[a-z0-9])?$ && ${#name} -le 40 ]] ||
-  bad "--name is '$name', expected at most 40 lower-case letters, digits and hyphens"
+check_run "$name" "$bucket" "${variables[@]}"
 for flag in wait port start_timeout max_failures max_relaunches lines; do
   number "--$flag" "${!flag}"
 done
 [[ "$worker" == all || "$worker" =~ ^[0-9]+$ ]] || bad "--worker is '$worker', expected a number or all"
-for variable in "${variables[@]}"; do
-  [[ "$variable" =~ ^[A-Za-z_][A-Za-z0-9_]*= ]] || bad "--env is '$variable', expected NAME=VALUE"
-done
-[[ -z "$bucket" || "$bucket" == gs://* ]] || bad "--bucket is '$bucket', expected gs://..."
 if [[ "$command" == train || "$command" == create ]]; then
   [[ -n "$type" ]] || bad '--type is required (or RETRO_TYPE), e.g. v5litepod-16'
 fi

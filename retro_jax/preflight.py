@@ -25,7 +25,7 @@ from retro_jax import errors, files
 # Where JAX's coordinator listens on a Cloud TPU; it is free before the run.
 COORDINATOR_PORT = 8482
 # Launchers may try again when a worker was missing, never when the worker itself is wrong.
-WORKER_MISSING = 69
+WORKER_MISSING = errors.ProcessMissing.exit_code
 REQUIRED = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'gin-config', 'tensorflow',
             'seqio', 'numpy')
 _HELLO = b'retro_jax preflight '

@@ -238,6 +238,21 @@ def _close_all() -> None:
     iterator.close()
 
 
+def check_divides(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
+  """Refuses a batch of which not every device gets as many sequences in each microbatch.
+
+  Raises:
+    UserError: such a batch, or less than one microbatch.
+  """
+  if microbatches < 1:
+    raise UserError(f'microbatches = {microbatches}, expected at least 1')
+  ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
+  if batch_size % ways:
+    parts = f' x {microbatches} microbatches' if microbatches > 1 else ''
+    raise UserError(f'batch size {batch_size} does not divide over data x fsdp{parts} = {ways}; '
+                    f'choose a multiple of {ways}')
+
+
 def rows_of_process(mesh: Mesh, batch_size: int) -> slice:
   """Rows of the global batch that this process has to feed.
 
@@ -245,10 +260,7 @@ def rows_of_process(mesh: Mesh, batch_size: int) -> slice:
     UserError: the batch does not divide over the mesh, or the rows of this process are not
       consecutive.
   """
-  ways = mesh.shape['data'] * mesh.shape['fsdp']
-  if batch_size % ways:
-    raise UserError(f'batch size {batch_size} does not divide over data x fsdp = {ways} devices; '
-                    f'choose a multiple of {ways}')
+  check_divides(mesh, batch_size)
   indices = NamedSharding(mesh, BATCH_SPEC).addressable_devices_indices_map((batch_size,))
   pieces = sorted({index[0].indices(batch_size)[:2] for index in indices.values()})
   for (_, stop), (start, _) in zip(pieces, pieces[1:]):

@@ -60,18 +60,9 @@ class Attention(nnx.Module):
     Returns:
       [..., q, query_dim], dtype of x.
     """
-    columns = context.shape[-2] // key_groups
     q, k, v = self._project(x, context)
-    by_distance = None
-    if self.relative_positions:
-      content, position = self._biased(q)
-      p = self._positions(distances(x.shape[-2], columns, offset, causal=False), x.dtype)
-      by_distance = position, p
-    else:
-      content = rotate(q, offset) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-      k = k.reshape(*k.shape[:-3], key_groups, columns, *k.shape[-2:])
-      k = rotate(k).reshape(v.shape)
-    mixed = attention_kernels.masked(content, k, v, mask, by_distance, key_groups)
+    q, k, by_distance = self._with_positions(q, k, offset, key_groups)
+    mixed = attention_kernels.masked(q, k, v, mask, by_distance, key_groups)
     return self._read_out(mixed)
 
   def causal(self, x: Array, segments: Array, kernel: str, block: int = 0) -> Array:
@@ -86,14 +77,8 @@ class Attention(nnx.Module):
       block: rows at a time in 'blocked' and 'splash'; 0 for the kernel's choice.
     """
     q, k, v = self._project(x, x)
-    by_distance = None
-    if self.relative_positions:
-      content, position = self._biased(q)
-      p = self._positions(distances(x.shape[-2], x.shape[-2], 0, causal=True), x.dtype)
-      by_distance = position, p
-    else:
-      content, k = rotate(q) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), rotate(k)
-    mixed = attention_kernels.causal(content, k, v, segments, by_distance, kernel, block)
+    q, k, by_distance = self._with_positions(q, k, causal=True)
+    mixed = attention_kernels.causal(q, k, v, segments, by_distance, kernel, block)
     return self._read_out(mixed)
 
   def _project(self, x: Array, context: Array) -> tuple[Array, Array, Array]:
@@ -103,16 +88,20 @@ class Attention(nnx.Module):
     return (project(x, self.query, 'query'), project(context, self.key, 'key'),
             project(context, self.value, 'value'))
 
-  def _biased(self, q: Array) -> tuple[Array, Array]:
-    """Queries for content and for position, scaled."""
+  def _with_positions(self, q: Array, k: Array, offset: int = 0, key_groups: int = 1,
+                      causal: bool = False
+                      ) -> tuple[Array, Array, attention_kernels.ByDistance]:
+    """What the kernels take: scaled queries, keys, and how distance enters if by logits."""
+    rows, columns, dtype = q.shape[-3], k.shape[-3] // key_groups, q.dtype
     scale = q.shape[-1] ** -0.5
-    return ((q + self.content_bias[...].astype(q.dtype)) * scale,
-            (q + self.position_bias[...].astype(q.dtype)) * scale)
-
-  def _positions(self, distance, dtype) -> Array:
-    """R sinusoid(d) of each distance, [distances, h, c]."""
-    vectors = jnp.asarray(sinusoid(distance, self.query_dim), dtype)
-    return jnp.einsum('td,dhc->thc', vectors, self.relative[...].astype(dtype))
+    if not self.relative_positions:
+      by_group = k.reshape(*k.shape[:-3], key_groups, columns, *k.shape[-2:])
+      return rotate(q, offset) * jnp.asarray(scale, dtype), rotate(by_group).reshape(k.shape), None
+    content = (q + self.content_bias[...].astype(dtype)) * scale
+    position = (q + self.position_bias[...].astype(dtype)) * scale
+    vectors = sinusoid(distances(rows, columns, offset, causal), self.query_dim)
+    p = jnp.einsum('td,dhc->thc', jnp.asarray(vectors, dtype), self.relative[...].astype(dtype))
+    return content, k, (position, p)
 
   def _read_out(self, mixed: Array) -> Array:
     mixed = checkpoint_name(mixed, 'mixed')

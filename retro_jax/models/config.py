@@ -15,7 +15,7 @@ from retro_jax.models.attention_kernels import KERNELS, ROTARY_KERNELS
 
 _DTYPES = ('float32', 'bfloat16')
 _POSITIONS = ('relative', 'rotary')
-REMAT = ('none', 'dots', 'projections', 'attention', 'full')
+_REMAT = ('none', 'dots', 'projections', 'attention', 'full')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +94,7 @@ class RetroConfig:
     if self.share_embeddings and self.cca_layers and self.d_model != self.encoder_d_model:
       raise ValueError(f'RetroConfig.share_embeddings needs d_model = encoder_d_model, '
                        f'got {self.d_model} and {self.encoder_d_model}')
-    for field, known in (('dtype', _DTYPES), ('remat', REMAT), ('positions', _POSITIONS),
+    for field, known in (('dtype', _DTYPES), ('remat', _REMAT), ('positions', _POSITIONS),
                          ('attention_kernel', KERNELS)):
       value = getattr(self, field)
       if value not in known:

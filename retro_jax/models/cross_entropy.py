@@ -42,7 +42,7 @@ def summed_loss(hidden: Array, table: Array, targets: Array, weights: Array, blo
 def _forward(hidden: Array, table: Array, targets: Array, weights: Array, block: int):
   # Each device sums over its own examples; their sums meet once, not after every block.
   run = sum_over_examples(functools.partial(_forward_here, block), (True, False, True, True),
-                          (None, 1), width=table.shape[1])
+                          cut_axis=1, width=table.shape[1])
   total, of_hidden, of_table = run(hidden, table.astype(hidden.dtype), targets, weights)
   return total, (of_hidden, of_table.astype(table.dtype))
 
@@ -54,9 +54,8 @@ def _forward_here(block: int, hidden: Array, cast: Array, targets: Array, weight
   def one_block(carry, xs):
     total, table_gradient = carry
     x, y, w = xs
-    losses, logits, normalizer = _losses(x, y, cast)
-    is_target = jnp.arange(cast.shape[0]) == y[..., None]
-    of_logits = (jnp.exp(logits - normalizer) - is_target) * w[..., None]
+    losses, probabilities, is_target = _losses(x, y, cast)
+    of_logits = (probabilities - is_target) * w[..., None]
     of_logits = of_logits.astype(hidden.dtype)
     of_x = jnp.einsum('bnv,vd->bnd', of_logits, cast)
     table_gradient += jnp.einsum('bnv,bnd->vd', of_logits, x, preferred_element_type=jnp.float32)
@@ -76,14 +75,14 @@ summed_loss.defvjp(_forward, _backward)
 
 
 def _losses(x: Array, targets: Array, table: Array) -> tuple[Array, Array, Array]:
-  """Losses [b, n], logits [b, n, V] and the logarithm of their normalizer [b, n, 1], float32."""
+  """Losses [b, n], probabilities [b, n, V], float32, and which of V is the target, bool."""
   logits = jnp.einsum('bnd,vd->bnv', x, table, preferred_element_type=jnp.float32)
   logits = place(logits, 'vocab')
   normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
   # A sum over a comparison, not a gather: the vocabulary may be cut over devices.
   is_target = jnp.arange(table.shape[0]) == targets[..., None]
   of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-  return normalizer[..., 0] - of_target, logits, normalizer
+  return normalizer[..., 0] - of_target, jnp.exp(logits - normalizer), is_target
 
 
 def _blocks(block: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:

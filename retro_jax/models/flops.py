@@ -52,7 +52,7 @@ def forward_flops(config: RetroConfig, batch_size: int, sequence_length: int, *,
   chunks = tokens // m
   retrieved = chunks * k * r
   width, d = config.num_heads * config.head_dim, config.d_model
-  relative = _has_relative_positions(config)
+  relative = config.positions == 'relative'
 
   def attention(rows: float, columns: float, groups: float, in_dim: int, context_dim: int,
                 inner: int, *, context_rows: float, distances: int, causal: bool = False,
@@ -91,8 +91,3 @@ def forward_flops(config: RetroConfig, batch_size: int, sequence_length: int, *,
 def training_flops(config: RetroConfig, batch_size: int, sequence_length: int) -> float:
   """Model FLOPs of one training step over all devices: forward and backward, nothing twice."""
   return TRAINING_OVER_FORWARD * forward_flops(config, batch_size, sequence_length).total
-
-
-def _has_relative_positions(config: RetroConfig) -> bool:
-  """Whether attention has Transformer-XL's position logits; as the paper has."""
-  return config.positions == 'relative'

@@ -124,16 +124,15 @@ def on_each_device(function: Callable[..., Array], *inputs: str, out: str
 
 def sum_over_examples(
     function: Callable[..., tuple[Array, Array, Array]], of_examples: tuple[bool, ...],
-    scattered: tuple[int | None, int | None], width: int
-) -> Callable[..., tuple[Array, Array, Array]]:
+    cut_axis: int, width: int) -> Callable[..., tuple[Array, Array, Array]]:
   """`function` on each device's own examples, its sums added up afterwards.
 
   XLA would add up a sum inside a loop at every turn of it.
 
   Args:
-    function: of arrays; returns (a sum, an array by example, a sum).
+    function: of arrays; returns (a scalar sum, an array by example, a sum of parameters' shape).
     of_examples: whether the first axis of each argument is examples; others are whole.
-    scattered: axis of each sum over which the parameters' axis is cut, or None.
+    cut_axis: axis of the last sum over which parameters are cut.
     width: of that axis.
   """
   current = _CURRENT.get()
@@ -146,21 +145,14 @@ def sum_over_examples(
 
   def run(*arguments: Array) -> tuple[Array, Array, Array]:
     with on(None):  # what is left to XLA in here is what it finds itself
-      first, by_example, last = function(*arguments)
-    return added(first, scattered[0]), by_example, added(last, scattered[1])
-
-  def added(x: Array, axis: int | None) -> Array:
-    if axis is None or cut is None:
-      return jax.lax.psum(x, axes)
-    x = jax.lax.psum_scatter(x, cut, scatter_dimension=axis, tiled=True)
-    others = tuple(name for name in axes if name != cut)
-    return jax.lax.psum(x, others) if others else x
-
-  def sum_spec(axis: int | None) -> PartitionSpec:
-    return PartitionSpec() if axis is None or cut is None else PartitionSpec(
-        *[None] * axis, cut)
+      scalar, by_example, total = function(*arguments)
+    left = axes
+    if cut:
+      total = jax.lax.psum_scatter(total, cut, scatter_dimension=cut_axis, tiled=True)
+      left = tuple(name for name in axes if name != cut)
+    return jax.lax.psum(scalar, axes), by_example, jax.lax.psum(total, left) if left else total
 
   return jax.shard_map(
       run, mesh=current.mesh, axis_names=set(axes), check_vma=False,
       in_specs=tuple(PartitionSpec(axes) if own else PartitionSpec() for own in of_examples),
-      out_specs=(sum_spec(scattered[0]), PartitionSpec(axes), sum_spec(scattered[1])))
+      out_specs=(PartitionSpec(), PartitionSpec(axes), PartitionSpec(*[None] * cut_axis, cut)))

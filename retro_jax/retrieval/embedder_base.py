@@ -1,5 +1,6 @@
 """What every embedder offers, and what all of them share. The embedders: embedders.py."""
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -29,15 +30,16 @@ class Embedder(Protocol):
     """float32 [N, d0] in the order of `texts`; `on_progress` gets numbers of texts done."""
 
 
-class EmbedderBase:
+class EmbedderBase(abc.ABC):
   """What all embedders share: the fingerprint, and pickling without loaded state."""
 
   @functools.cached_property
   def fingerprint(self) -> str:
     return storage.fingerprint(self.describe())
 
+  @abc.abstractmethod
   def describe(self) -> dict[str, Any]:
-    raise NotImplementedError
+    """See `Embedder.describe`."""
 
   def __getstate__(self) -> dict[str, Any]:
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

@@ -124,13 +124,9 @@ def _run(run: Planned, label: str, devices: int, guard: Any, signals: '_Signals'
 
 
 def _environment() -> dict[str, str]:
-  """Of the child: the launcher calls plain `python`, meant is the one that runs this."""
-  flags = [flag for flag in os.environ.get('XLA_FLAGS', '').split()
-           # Where this is given twice the later wins, and the launcher's comes first.
-           if not flag.startswith('--xla_force_host_platform_device_count')]
+  """Of the child, which runs this interpreter and this checkout."""
   return {
-      **os.environ, 'XLA_FLAGS': ' '.join(flags),
-      'PATH': os.pathsep.join([os.path.dirname(sys.executable), os.environ.get('PATH', '')]),
+      **os.environ, 'PYTHON': sys.executable,
       'PYTHONPATH': os.pathsep.join(filter(None, [str(_ROOT), os.environ.get('PYTHONPATH')]))}
 
 

@@ -9,7 +9,6 @@ import functools
 import json
 import os
 import shlex
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,15 @@ from typing import Any
 from retro_jax import configuration, files, storage, train
 from retro_jax.data import records
 from retro_jax.errors import UserError
+from retro_jax.models import flops
 from retro_jax.sweeps import sizes
 from retro_jax.sweeps.sweep_file import Run, Sweep
 from retro_jax.training import checkpoints
 from retro_jax.training.loop import TrainJob
-from retro_jax.training.metrics import read_metrics
+from retro_jax.training.metrics import METRICS, read_metrics
 
 # Beside the trainer's own files: what the run was made with.
 DESCRIPTION = 'sweep-run.json'
-METRICS = 'metrics.jsonl'
 _LAUNCHER = Path(__file__).resolve().parents[2] / 'launch' / 'local_cpu.sh'
 _LONGEST_NAME = 63  # of a machine, in Google's clouds
 
@@ -75,10 +74,11 @@ class Planned:
 
   @functools.cached_property
   def flops(self) -> float | None:
-    """Of all its training, matrix products alone."""
-    if self.positions is None:
+    """Of all its training, by the count that MFU goes by."""
+    if self.sequence_length is None:
       return None
-    return self.positions * sizes.training_flops_per_token(self.job.model, self.sequence_length)
+    return self.steps * flops.training_flops(
+        self.job.model, self.job.training.batch_size, self.sequence_length)
 
   @property
   def work(self) -> float:
@@ -102,14 +102,7 @@ class Planned:
 
   def rows(self) -> list[dict[str, float]]:
     """The rows of metrics so far."""
-    if not files.is_remote(self.folder):
-      return read_metrics(self.folder)
-    path = files.join(self.folder, METRICS)
-    if not files.exists(path):
-      return []
-    with tempfile.TemporaryDirectory() as copy:
-      (Path(copy) / METRICS).write_bytes(files.read_bytes(path))
-      return read_metrics(copy)
+    return read_metrics(self.folder)
 
   def is_finished(self, rows: Sequence[Mapping[str, float]] | None = None) -> bool:
     """Whether the last step was told and its checkpoint is complete."""

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from retro_jax.data import batches
 from retro_jax.errors import UserError
 from retro_jax.models import flops
 from retro_jax.models.config import RetroConfig
@@ -81,10 +82,7 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
       that does not exist.
   """
   mesh = partitioning.make_mesh(config.mesh, chips.devices(topology))
-  examples = mesh.shape['data'] * mesh.shape['fsdp']
-  if config.batch_size % examples:
-    raise UserError(f'batch of {config.batch_size} sequences does not divide over the '
-                    f'data x fsdp = {examples} devices of {topology.name}')
+  batches.check_divides(mesh, config.batch_size, config.microbatches)
   model_flops = flops.training_flops(config.model, config.batch_size, config.sequence_length)
   lowered = _lower(config, mesh)
   start = time.monotonic()

@@ -9,11 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from retro_jax.topology import replay
-from retro_jax.topology.chips import Topology
+from retro_jax.topology.chips import GIB, Topology
 from retro_jax.topology.program import Program
 from retro_jax.topology.sources import PARTS, PASSES
 
-_GIB = 2 ** 30
 _KERNEL_NAMES = re.compile(r'splash_m[hq]a_|/pallas_call')
 
 
@@ -176,11 +175,11 @@ def table(cost: Cost) -> str:
   lines = [f'{cost.topology}, {cost.num_devices} devices, '
            f'{cost.model_flops_per_step / 1e12:,.2f} model TFLOP a step, '
            f'compiled in {cost.compile_seconds:,.0f} s']
-  capacity = f'{cost.hbm_capacity_bytes / _GIB:.2f} GiB'
+  capacity = f'{cost.hbm_capacity_bytes / GIB:.2f} GiB'
   if cost.hbm_bytes_per_device is None:
     return '\n'.join([*lines, f'does not compile for {capacity} a device: {cost.reason}'])
   lines.append(f'{"fits" if cost.fits else "DOES NOT FIT"}: '
-               f'{cost.hbm_bytes_per_device / _GIB:.2f} of {capacity} HBM a device')
+               f'{cost.hbm_bytes_per_device / GIB:.2f} of {capacity} HBM a device')
   if cost.reason:
     lines.append(f'  {cost.reason}')
   if cost.estimated_step_seconds is None:

@@ -170,7 +170,8 @@ def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: Checkpo
   sources = assigned(list(like), config)
   folder = epath.Path(config.initial)
   exported = folder / SAFETENSORS
-  shapes = _exported_shapes(exported) if exported.exists() else _newest_shapes(folder)
+  stored = None if exported.exists() else _newest_state(folder)
+  shapes = _exported_shapes(exported) if stored is None else _shapes(stored)
   for name, source in sources.items():
     if source not in shapes:
       raise UserError(f'{folder}: holds no parameter {source}{nearest(source, shapes)}, which '
@@ -179,7 +180,7 @@ def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: Checkpo
       raise UserError(f'{folder}: parameter {source} is {tuple(shapes[source])}, but {name} is '
                       f'{like[name].shape}; see CheckpointConfig.assignment')
   # One source may serve several parameters, each of which lies where it belongs.
-  if exported.exists():
+  if stored is None:
     found = _read_exported(exported)
     return {name: jax.make_array_from_callback(
         leaf.shape, leaf.sharding,
@@ -187,7 +188,7 @@ def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: Checkpo
             for name, leaf in like.items() if name in sources}
   placed = {sources[name]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
             for name, leaf in like.items() if name in sources}
-  found = _restore_newest(folder, placed)
+  found = _restore(stored, placed)
   return {name: jax.device_put(found[source], like[name].sharding)
           for name, source in sources.items()}
 
@@ -294,16 +295,20 @@ def _newest_state(run_dir: epath.Path) -> epath.Path:
   return folder / str(step) / 'state'
 
 
-def _newest_shapes(run_dir: epath.Path) -> dict[str, Sequence[int]]:
-  tree = ocp.PyTreeCheckpointer().metadata(_newest_state(run_dir)).item_metadata.tree
-  return {name: leaf.shape for name, leaf in tree['parameters'].items()}
+def _stored(state: epath.Path) -> dict[str, Any]:
+  """Shape and dtype of each parameter in a checkpoint."""
+  return ocp.PyTreeCheckpointer().metadata(state).item_metadata.tree['parameters']
 
 
-def _restore_newest(run_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
-                    ) -> dict[str, jax.Array]:
-  """Some parameters of a run's newest checkpoint, whatever mesh and processes saved them."""
+def _shapes(state: epath.Path) -> dict[str, Sequence[int]]:
+  return {name: leaf.shape for name, leaf in _stored(state).items()}
+
+
+def _restore(state: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+             ) -> dict[str, jax.Array]:
+  """Some parameters of a checkpoint, whatever mesh and processes saved them."""
   wanted = dict(wanted)
-  restored = ocp.PyTreeCheckpointer().restore(_newest_state(run_dir), args=ocp.args.PyTreeRestore(
+  restored = ocp.PyTreeCheckpointer().restore(state, args=ocp.args.PyTreeRestore(
       item={'parameters': wanted}, partial_restore=True,
       restore_args={'parameters': ocp.checkpoint_utils.construct_restore_args(wanted)}))
   return restored['parameters']
@@ -312,7 +317,6 @@ def _restore_newest(run_dir: epath.Path, wanted: Mapping[str, jax.ShapeDtypeStru
 def _read_newest(run_dir: epath.Path) -> dict[str, jax.Array]:
   """All parameters of the newest checkpoint, on one device."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  tree = ocp.PyTreeCheckpointer().metadata(_newest_state(run_dir)).item_metadata.tree
-  return _restore_newest(run_dir, {
-      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
-      for name, leaf in tree['parameters'].items()})
+  state = _newest_state(run_dir)
+  return _restore(state, {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+                          for name, leaf in _stored(state).items()})

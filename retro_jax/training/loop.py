@@ -6,7 +6,6 @@ data/batches.py; what ends a run early, in faults.py and distributed.py.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -127,7 +126,7 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   data = _register(job)
   _check(job, data)
   mesh = partitioning.make_mesh(job.mesh)
-  _check_batch(config, mesh)
+  batches.check_divides(mesh, config.batch_size, config.microbatches)
   rows = batches.rows_of_process(mesh, config.batch_size)
 
   # ----------------------------------------------------------------------------- state
@@ -155,7 +154,7 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   writer = MetricWriter(run_dir, first)
   tokens = config.batch_size * data.shape.sequence_length
   telemetry = Telemetry(
-      run_dir, first, config.steps,
+      run_dir, config.steps,
       flops.training_flops(model, config.batch_size, data.shape.sequence_length) / tokens,
       mesh.size * (config.peak_tflops * 1e12 or chips.peak_flops(jax.devices()[0].device_kind)),
       carried)
@@ -291,7 +290,7 @@ def _register(job: TrainJob) -> _Data:
 
 
 def _check(job: TrainJob, data: _Data) -> None:
-  """Refuses a model that does not fit its data."""
+  """Refuses a model that does not fit its data, and steps that cannot be profiled."""
   folder = next(iter(job.data.train))
   if data.shape.chunk_length != job.model.chunk_length:
     raise UserError(f'{folder}: chunks of {data.shape.chunk_length} tokens, but '
@@ -302,16 +301,9 @@ def _check(job: TrainJob, data: _Data) -> None:
   if data.vocabulary['size'] > job.model.vocab_size:
     raise UserError(f'{folder}: a vocabulary of {data.vocabulary["size"]}, but '
                     f'RetroConfig.vocab_size = {job.model.vocab_size}; raise it')
-
-
-def _check_batch(config: TrainingConfig, mesh: jax.sharding.Mesh) -> None:
-  steps = tuple(config.profile_steps)
+  steps = tuple(job.training.profile_steps)
   if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
     raise UserError(f'TrainingConfig.profile_steps = {steps}, expected (first, last) or ()')
-  ways = math.prod(mesh.shape[axis] for axis in ('data', 'fsdp')) * config.microbatches
-  if config.microbatches < 1 or config.batch_size % ways:
-    raise UserError(f'batch size {config.batch_size} does not divide over data x fsdp x '
-                    f'microbatches = {ways}; choose a multiple of {ways}')
 
 
 def _fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:

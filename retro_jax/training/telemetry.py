@@ -47,23 +47,23 @@ class Telemetry:
   went into steps which count: restarts, lost steps, compiling and waiting lower it.
   """
 
-  def __init__(self, run_dir: str, first: int, last: int, flops_per_token: float,
-               peak_flops: float, carried: Mapping[str, Any]):
+  def __init__(self, run_dir: str, last: int, flops_per_token: float, peak_flops: float,
+               carried: Mapping[str, Any]):
     """
     Args:
       run_dir: `run.json` there remembers when the run began and how often.
-      first, last: step the process begins at, step at which the run ends.
+      last: step at which the run ends.
       flops_per_token: of the model, forward and backward.
       peak_flops: FLOP/s of all devices together; 0 when not known.
       carried: `productive_seconds` as the checkpoint has it.
     """
-    self._first, self._last = first, last
+    self._last = last
     self._flops, self._peak = flops_per_token, peak_flops
     self.clock = Clock(productive=float(carried.get('productive_seconds', 0.0)))
     self._begun, self.starts = _note_start(run_dir)
-    self._window: tuple[int, float] | None = None  # step and time since which speed is measured
+    # Step, time and `clock.input` since which speed is measured.
+    self._window: tuple[int, float, float] | None = None
     self._outside = 0.0  # seconds of the window spent on other things than steps
-    self._stalled = 0.0
     jax.monitoring.register_event_duration_secs_listener(self._compiled)
 
   def _compiled(self, event: str, seconds: float, **unused: Any) -> None:
@@ -81,9 +81,7 @@ class Telemetry:
     finally:
       seconds = time.monotonic() - begin
       setattr(self.clock, what, getattr(self.clock, what) + seconds)
-      if what == 'input':
-        self._stalled += seconds
-      else:
+      if what != 'input':
         # Compiling inside of it has been counted already.
         self._outside += seconds - (self.clock.compile - compiled)
 
@@ -95,8 +93,8 @@ class Telemetry:
       tokens: with a target, of this step's batch.
     """
     now = time.monotonic()
-    before, outside, stalled = self._window, self._outside, self._stalled
-    self._window, self._outside, self._stalled = (step, now), 0.0, 0.0
+    before, outside = self._window, self._outside
+    self._window, self._outside = (step, now, self.clock.input), 0.0
     row = {'compilations': float(self.clock.compilations),
            'compile_seconds': self.clock.compile,
            'checkpoint_seconds': self.clock.checkpoint,
@@ -105,7 +103,7 @@ class Telemetry:
       steps, seconds = step - before[0], max(now - before[1] - outside, 1e-9)
       self.clock.productive += seconds
       row |= {'seconds_per_step': seconds / steps, 'tokens_per_second': tokens * steps / seconds,
-              'input_stall': min(stalled / seconds, 1.0),
+              'input_stall': min((self.clock.input - before[2]) / seconds, 1.0),
               'model_flops_per_second': self._flops * tokens * steps / seconds}
       if self._peak:
         row['mfu'] = row['model_flops_per_second'] / self._peak

@@ -20,8 +20,9 @@ import retro_jax
 from retro_jax import files, storage
 from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
+from retro_jax.models.flops import training_flops
 from retro_jax.retrieval import pipeline
-from retro_jax.sweeps import local, plan, scaling, sizes, summary, sweep_file
+from retro_jax.sweeps import local, plan, scaling, summary, sweep_file
 from tests import worlds
 
 ROOT = Path(retro_jax.__file__).parents[1]
@@ -191,7 +192,7 @@ def test_flops_count_every_layer_and_the_output():
   model = lambda layers, vocabulary=64: RetroConfig(
       vocab_size=vocabulary, d_model=16, num_layers=layers, num_heads=2, head_dim=8,
       chunk_length=8, cca_layers=())
-  flops = lambda *args: sizes.training_flops_per_token(model(*args), 32)
+  flops = lambda *args: training_flops(model(*args), 1, 32) / 32
   # A scanned layer counts as often as it runs.
   assert flops(6) - flops(4) == pytest.approx(flops(4) - flops(2))
   # READ: forward and two products backward, each of d multiplications and additions a piece.
