@@ -530,5 +530,5 @@ def _sum_reports(reports: Any) -> dict[str, Any]:
   for report in reports:
     for key, value in report.items():
       total[key] = total[key] + value if key in total else value
-  total['skipped_places'] = total['skipped_places'][:corpus.PLACES_KEPT]
+  total['skipped_places'] = total.get('skipped_places', [])[:corpus.PLACES_KEPT]
   return total
