@@ -96,7 +96,7 @@ class Planned:
     return [os.path.relpath(_LAUNCHER.with_name('tpu_pod.sh')), 'train',
             f'--name={_machine_name(sweep, self.name)}',
             *(f'--{name}={value}' for name, value in options.items()),
-            '--', 'python', '-m', 'retro_jax.train', *self.run.arguments(self.folder)]
+            '--', 'retro_jax.train', *self.run.arguments(self.folder)]
 
   # ------------------------------------------------------------------- what its folder holds
 

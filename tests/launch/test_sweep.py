@@ -160,7 +160,7 @@ def test_paper_sizes_are_the_papers():
       assert run.job.optimizer.peak_learning_rate == (1e-4 if size == '7_5b' else 2e-4)
   line = by_name['1_5b-retro'].pod_command('paper_sizes', {'type': 'v5p-128', 'zone': 'z'})
   assert line[1:5] == ['train', '--name=paper-sizes-1-5b-retro', '--type=v5p-128', '--zone=z']
-  assert line[5:9] == ['--', 'python', '-m', 'retro_jax.train']
+  assert line[5:7] == ['--', 'retro_jax.train']
 
 
 def test_cpu_ladder_resolves_to_rising_sizes():
@@ -475,7 +475,7 @@ def test_pod_commands_are_all_that_stdout_holds(world):
   lines = result.stdout.splitlines()
   assert result.returncode == 0 and len(lines) == 6, result.stderr
   assert lines[3].startswith('launch/tpu_pod.sh train --name=tiny-retro-d8-head4 '
-                             f'{" ".join(pod)} -- python -m retro_jax.train --gin_file=gin/')
+                             f'{" ".join(pod)} -- retro_jax.train --gin_file=gin/')
   assert lines[3].endswith('--gin.RUN_DIR=gs://bucket/runs/retro-d8-head4')
 
 

@@ -11,6 +11,7 @@ import time
 
 import pytest
 
+from retro_jax.sweeps import plan, sweep_file
 from tests.launch import scripts
 
 STUB = scripts.ROOT / 'tests' / 'launch' / 'stub'
@@ -329,6 +330,21 @@ def test_a_dry_run_can_be_run(pod):
   while not pod.attempts(1) and time.monotonic() < deadline:
     time.sleep(0.05)
   assert pod.attempts(1)[0]['argv'][3] == "--gin.X=b c's"
+
+
+def test_the_lines_of_a_sweep_are_taken(pod):
+  """What launch/sweep.py --emit=pod prints is a command of this launcher."""
+  settings = {'TRAIN_DATA': "{'gs://b/examples': 1.0}"}
+  sweep = sweep_file.read(str(scripts.ROOT / 'gin/sweeps/paper_sizes.toml'))
+  planned = plan.resolve(sweep, 'gs://b/sweep', settings=settings)[0]
+  line = planned.pod_command('paper', {'type': 'v5litepod-16', 'zone': 'z', 'project': 'p'})
+  result = scripts.run('tpu_pod.sh', *line[1:2], '--dry_run', *line[2:], root=pod.root,
+                       **pod.variables)
+  assert result.returncode == 0, result.stderr
+  start = next(words for words in map(scripts.words, result.stdout.splitlines())
+               if 'retro_jax.train' in ' '.join(words))
+  assert ' '.join(start).count('retro_jax.train') == 1 and '-m python' not in ' '.join(start)
+  assert f"--gin.RUN_DIR={planned.folder}" in ' '.join(start)
 
 
 @pytest.mark.parametrize('arguments, words', [
