@@ -19,6 +19,7 @@ from retro_jax import configuration
 from retro_jax.data.corpus import JsonLines, TextFiles
 from retro_jax.data.dataset_corpus import SeqioDocuments, TfdsDocuments
 from retro_jax.data.python_corpus import PythonLibrary
+from retro_jax.data.wikitext import WikiText
 from retro_jax.errors import EXIT_CODE, UserError
 from retro_jax.retrieval import database_edit, pipeline, planning
 from retro_jax.retrieval.bm25 import Bm25Config
@@ -34,9 +35,9 @@ from retro_jax.retrieval.pipeline import DatabaseConfig
 from retro_jax.retrieval.sharded_index import rebuild_index
 from retro_jax.retrieval.stages import BeamRunner, DistributedRunner, LocalRunner
 
-CONFIGURABLES = (TextFiles, JsonLines, TfdsDocuments, SeqioDocuments, PythonLibrary, BertEmbedder,
-                 LexicalEmbedder, RandomEmbedder, DatabaseConfig, IndexConfig, Bm25Config,
-                 LocalRunner, BeamRunner, DistributedRunner)
+CONFIGURABLES = (TextFiles, JsonLines, WikiText, TfdsDocuments, SeqioDocuments, PythonLibrary,
+                 BertEmbedder, LexicalEmbedder, RandomEmbedder, DatabaseConfig, IndexConfig,
+                 Bm25Config, LocalRunner, BeamRunner, DistributedRunner)
 
 
 @dataclasses.dataclass(frozen=True)

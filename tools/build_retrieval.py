@@ -12,6 +12,7 @@ from typing import Any
 from retro_jax import configuration, files
 from retro_jax.data.corpus import JsonLines, TextFiles
 from retro_jax.data.dataset_corpus import SeqioDocuments, TfdsDocuments
+from retro_jax.data.wikitext import WikiText
 from retro_jax.retrieval import pipeline, planning
 from retro_jax.retrieval.bm25 import Bm25Config
 from retro_jax.retrieval.database import ChunkDatabase
@@ -26,9 +27,9 @@ from retro_jax.retrieval.pipeline import DatabaseConfig, ExamplesConfig
 from retro_jax.retrieval.policies import PolicyConfig
 from retro_jax.retrieval.stages import BeamRunner, DistributedRunner, LocalRunner
 
-CONFIGURABLES = (TextFiles, JsonLines, TfdsDocuments, SeqioDocuments, BertEmbedder, LexicalEmbedder,
-                 RandomEmbedder, DatabaseConfig, IndexConfig, Bm25Config, ExamplesConfig,
-                 PolicyConfig, LocalRunner, BeamRunner, DistributedRunner)
+CONFIGURABLES = (TextFiles, JsonLines, WikiText, TfdsDocuments, SeqioDocuments, BertEmbedder,
+                 LexicalEmbedder, RandomEmbedder, DatabaseConfig, IndexConfig, Bm25Config,
+                 ExamplesConfig, PolicyConfig, LocalRunner, BeamRunner, DistributedRunner)
 
 
 @dataclasses.dataclass(frozen=True)
