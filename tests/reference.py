@@ -9,6 +9,7 @@ open follows docs/decisions.md: pre-norm, Transformer-XL biases, scale 1/sqrt(c)
 import cmath
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -21,9 +22,22 @@ def under(parameters: Parameters, prefix: str) -> dict[str, np.ndarray]:
           for name, value in parameters.items() if name.startswith(prefix + '.')}
 
 
-def rms_norm(x: np.ndarray, scale: np.ndarray) -> np.ndarray:
+def norm(p: Parameters, x: np.ndarray, epsilon: float) -> np.ndarray:
+  """RMSNorm, or with a bias the norm of Ba et al. 2016."""
+  if 'bias' not in p:
+    return rms_norm(x, p['scale'], epsilon)
+  rows = []
+  for row in x:
+    mean = sum(row) / len(row)
+    variance = sum((v - mean) ** 2 for v in row) / len(row)
+    rows.append([(v - mean) / math.sqrt(variance + epsilon) for v in row])
+  return np.array(rows) * p['scale'] + p['bias']
+
+
+def rms_norm(x: np.ndarray, scale: np.ndarray, epsilon: float = 1e-6) -> np.ndarray:
   """Each row of x [rows, d] divided by the root of its mean square, times scale [d]."""
-  return np.array([row / math.sqrt(sum(v * v for v in row) / len(row) + 1e-6) * scale for row in x])
+  return np.array([row / math.sqrt(sum(v * v for v in row) / len(row) + epsilon) * scale
+                   for row in x])
 
 
 def position_vector(distance: int, width: int) -> np.ndarray:
@@ -34,34 +48,40 @@ def position_vector(distance: int, width: int) -> np.ndarray:
 
 def attention(
     p: Parameters, x: np.ndarray, context: np.ndarray, may_read: Callable[[int, int], bool],
-    distance: Callable[[int, int], int]) -> np.ndarray:
+    distance: Callable[[int, int], int] | None, frequency: Callable[[int, int], float] | None = None
+    ) -> np.ndarray:
   """CA of equation 4 with many heads and the positional logits of B.1.2, or rotary positions.
 
   Args:
-    p: query, key, value, output; relative, content_bias, position_bias unless rotary.
+    p: query, key, value, output; relative, content_bias, position_bias unless rotary; biases of
+      the projections where the model has them. Head h asks the key head of its group.
     x: rows that ask, [q, d].
     context: rows that are read, [s, d_context].
     may_read: whether row i reads row j, both from 1.
-    distance: between row i and row j.
+    distance: between row i and row j; None for positions that are already in x.
+    frequency: of rotary plane i of so many, radians a position; Su et al.'s by default.
 
   Returns:
     [q, d]; a row that may read nothing is 0.
   """
   result = np.zeros_like(x)
   heads, c = p['query'].shape[1:]
+  group = heads // p['key'].shape[1]
+  project = lambda row, name, h: row @ p[name][:, h] + (
+      p[f'{name}_bias'][h] if f'{name}_bias' in p else 0)
   positions = {}
   for i in range(1, len(x) + 1):
     readable = [j for j in range(1, len(context) + 1) if may_read(i, j)]
     if not readable:
       continue
     for h in range(heads):
-      q = x[i - 1] @ p['query'][:, h]
+      q = project(x[i - 1], 'query', h)
       logits = []
       for j in readable:
-        key = context[j - 1] @ p['key'][:, h]
-        at = distance(i, j)
+        key = project(context[j - 1], 'key', h // group)
+        at = distance(i, j) if distance else 0
         if 'relative' not in p:
-          logits.append(rotary_logit(q, key, at) / math.sqrt(c))
+          logits.append(rotary_logit(q, key, at, frequency) / math.sqrt(c))
           continue
         if (at, h) not in positions:
           positions[at, h] = position_vector(at, x.shape[1]) @ p['relative'][:, h]
@@ -70,36 +90,55 @@ def attention(
         logits.append((content + position) / math.sqrt(c))
       largest = max(logits)
       exponentials = [math.exp(logit - largest) for logit in logits]
-      mixed = sum(e / sum(exponentials) * (context[j - 1] @ p['value'][:, h])
+      mixed = sum(e / sum(exponentials) * project(context[j - 1], 'value', h // group)
                   for e, j in zip(exponentials, readable))
       result[i - 1] += mixed @ p['output'][h]
+    result[i - 1] += p.get('output_bias', 0)
   return result
 
 
-def rotary_logit(q: np.ndarray, key: np.ndarray, distance: int) -> float:
+def rotary_logit(q: np.ndarray, key: np.ndarray, distance: int,
+                 frequency: Callable[[int, int], float] | None = None) -> float:
   """Su et al. 2021, equation 12: complex pairs, the key's turned back by the distance."""
   half = len(q) // 2
+  frequency = frequency or (lambda i, planes: 10_000 ** (-i / planes))
   total = 0.0
   for i in range(half):
     one, other = complex(q[i], q[half + i]), complex(key[i], key[half + i])
-    total += (one * other.conjugate() * cmath.exp(1j * distance / 10_000 ** (i / half))).real
+    total += (one * other.conjugate() * cmath.exp(1j * distance * frequency(i, half))).real
   return total
 
 
-def feed_forward(p: Parameters, x: np.ndarray) -> np.ndarray:
-  """FFW, residual: x [rows, d] to the same; GELU in its tanh form."""
-  y = rms_norm(x, p['norm.scale']) @ p['wi']
-  y = 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
-  return x + y @ p['wo']
+def activation(y: np.ndarray, kind: str = 'gelu') -> np.ndarray:
+  """GELU in its tanh form; 'gelu_exact' or 'silu', value by value."""
+  if kind == 'gelu':
+    return 0.5 * y * (1 + np.tanh(math.sqrt(2 / math.pi) * (y + 0.044715 * y ** 3)))
+  exact = {'gelu_exact': lambda v: 0.5 * v * (1 + math.erf(v / math.sqrt(2))),
+           'silu': lambda v: v / (1 + math.exp(-v))}
+  return np.vectorize(exact[kind])(y)
 
 
-def self_attention(p: Parameters, h: np.ndarray, documents: Sequence[int]) -> np.ndarray:
+def feed_forward(p: Parameters, x: np.ndarray, epsilon: float = 1e-6, kind: str = 'gelu'
+                 ) -> np.ndarray:
+  """FFW, residual: x [rows, d] to the same; with a gate where p has one."""
+  normed = norm(under(p, 'norm'), x, epsilon)
+  y = normed @ p['wi'] + p.get('wi_bias', 0)
+  if 'gate' in p:
+    y = y * activation(normed @ p['gate'] + p.get('gate_bias', 0), kind)
+  else:
+    y = activation(y, kind)
+  return x + y @ p['wo'] + p.get('wo_bias', 0)
+
+
+def self_attention(
+    p: Parameters, h: np.ndarray, documents: Sequence[int], epsilon: float = 1e-6,
+    learned: bool = False, frequency: Callable[[int, int], float] | None = None) -> np.ndarray:
   """ATTN, residual: causal and inside one document; h [n, d], documents [n]."""
-  normed = rms_norm(h, p['norm.scale'])
+  normed = norm(under(p, 'norm'), h, epsilon)
   return h + attention(
       under(p, 'attention'), normed, normed,
       may_read=lambda i, j: j <= i and documents[i - 1] == documents[j - 1],
-      distance=lambda i, j: i - j)
+      distance=None if learned else lambda i, j: i - j, frequency=frequency)
 
 
 def chunked_cross_attention(
@@ -197,6 +236,11 @@ def decoder_layers(parameters: Parameters, num_layers: int, cca_layers: Sequence
   return layers + [take('decoder.tail', i) for i in range(num_layers - last)]
 
 
+def place_in_document(documents: Sequence[int]) -> list[int]:
+  """How many tokens of its document stand before each, in this sequence."""
+  return [sum(one == other for one in documents[:i]) for i, other in enumerate(documents)]
+
+
 def embed(table: np.ndarray, tokens: np.ndarray) -> np.ndarray:
   """Rows of the table times the root of its width."""
   return np.asarray(table, np.float64)[tokens] * math.sqrt(table.shape[1])
@@ -205,7 +249,9 @@ def embed(table: np.ndarray, tokens: np.ndarray) -> np.ndarray:
 def retro(
     parameters: Parameters, tokens: np.ndarray, documents: np.ndarray,
     neighbors: tuple[np.ndarray, np.ndarray] | None, *, m: int, num_layers: int,
-    cca_layers: Sequence[int], encoder_cross_layers: Sequence[int] = (1,)) -> np.ndarray:
+    cca_layers: Sequence[int], encoder_cross_layers: Sequence[int] = (1,),
+    epsilon: float = 1e-6, kind: str = 'gelu', scaled: bool = True, first_id: int = 0,
+    frequency: Callable[[int, int], float] | None = None) -> np.ndarray:
   """Algorithm 1 for one sequence.
 
   Args:
@@ -217,20 +263,30 @@ def retro(
     num_layers: L.
     cca_layers: P.
     encoder_cross_layers: P_enc.
+    epsilon, kind, scaled, first_id, frequency: what decoders of other families have otherwise:
+      of their norms, of the activation, of the embeddings (see RetroConfig), rotary frequencies.
 
   Returns:
-    Logits, float64 [n, V].
+    Logits, float64 [n, V]; of the ids with a row.
   """
-  h = embed(parameters['embedding.table'], tokens)
+  look_up = lambda name, ids: embed(parameters[name], np.maximum(ids - first_id, 0))
+  h = look_up('embedding.table', tokens)
+  if not scaled:
+    h = h / math.sqrt(h.shape[1])
+  learned = parameters.get('position_embedding.table')
+  if learned is not None:
+    h = h + np.asarray(learned, np.float64)[place_in_document(documents)]
+  own: dict[str, Any] = {'epsilon': epsilon, 'learned': learned is not None, 'frequency': frequency}
   encoded = None
   for number, p in enumerate(decoder_layers(parameters, num_layers, cca_layers), start=1):
-    h = self_attention(under(p, 'attention'), h, documents)
+    h = self_attention(under(p, 'attention'), h, documents, **own)
     if neighbors is not None and number in cca_layers:
       if number == min(cca_layers):
-        table = parameters.get('encoder_embedding.table', parameters['embedding.table'])
-        encoded = encode(under(parameters, 'encoder'), embed(table, neighbors[0]), neighbors[1], h,
-                         documents, m, encoder_cross_layers)
+        table = ('encoder_embedding' if 'encoder_embedding.table' in parameters else 'embedding')
+        encoded = encode(under(parameters, 'encoder'), look_up(f'{table}.table', neighbors[0]),
+                         neighbors[1], h, documents, m, encoder_cross_layers)
       h = chunked_cross_attention(under(p, 'cca'), h, encoded, neighbors[1], documents, m)
-    h = feed_forward(under(p, 'feed_forward'), h)
-  h = rms_norm(h, np.asarray(parameters['decoder.norm.scale'], np.float64))
-  return h @ np.asarray(parameters['embedding.table'], np.float64).T
+    h = feed_forward(under(p, 'feed_forward'), h, epsilon, kind)
+  h = norm(under(parameters, 'decoder.norm'), h, epsilon)
+  read = parameters.get('head.table', parameters['embedding.table'])
+  return h @ np.asarray(read, np.float64).T

@@ -152,7 +152,7 @@ def _last_logits(config: RetroConfig, parameters: retro.Parameters, window: jax.
   model = retro.build(config, parameters)
   segments = (jnp.arange(window.shape[1]) < length).astype(jnp.int32)[None]
   hidden = model.hidden(window, segments, retrieval)
-  return model.embedding.read(hidden[0, length - 1])
+  return model.read(hidden[0, length - 1])
 
 
 def generate(

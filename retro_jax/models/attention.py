@@ -9,8 +9,12 @@ Relative positions (the paper's B.1.2; Dai et al. 2019) give the logits
 
   logit(i, j) = [(q_i + content_bias) . k_j + (q_i + position_bias) . R sinusoid(d_ij)] / sqrt(c)
 
-and rotary ones q'_i . k'_j / sqrt(c), with q' and k' rotated by their positions.
+and rotary ones q'_i . k'_j / sqrt(c), with q' and k' rotated by their positions. Learned positions
+are in the embeddings and not seen here. Keys and values may have fewer heads than queries
+(Ainslie et al. 2023); they are repeated for the kernels.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +33,34 @@ class Attention(nnx.Module):
   """Attention of `query_dim`-wide rows to `context_dim`-wide rows."""
 
   def __init__(self, query_dim: int, context_dim: int, num_heads: int, head_dim: int, *,
-               positions: str = 'relative', output_scale: float, rngs: nnx.Rngs):
-    """Args: `positions`, 'relative' or 'rotary'; `output_scale`, of the output's initial values."""
-    self.query_dim = query_dim
+               positions: str = 'relative', output_scale: float, rngs: nnx.Rngs,
+               num_kv_heads: int = 0, qkv_bias: bool = False, output_bias: bool = False,
+               rotary_base: float = 10_000.0, rotary_scaling: Sequence[float] = ()):
+    """Puts the parameters together.
+
+    Args:
+      query_dim, context_dim: widths of the rows that ask and that are read.
+      num_heads, head_dim: of the queries.
+      positions: 'relative', 'rotary', or 'learned' for none in here.
+      output_scale: of the output's initial values.
+      rngs: of the initial values.
+      num_kv_heads: of keys and values, 0 for `num_heads`.
+      qkv_bias, output_bias: whether those projections have one.
+      rotary_base, rotary_scaling: of rotary positions (positions.rotate).
+    """
+    self.query_dim, self.positions = query_dim, positions
     self.relative_positions = positions == 'relative'
+    self.rotary = (rotary_base, tuple(rotary_scaling))
+    self.has_qkv_bias, self.has_output_bias = qkv_bias, output_bias
     heads, kernel = (num_heads, head_dim), ('embed', 'heads', 'head_dim')
+    kv_heads, self.kv_axis = (num_kv_heads or num_heads, head_dim), 'heads'
+    if kv_heads != heads:
+      self.kv_axis = 'kv_heads'
+    self.repeats = num_heads // kv_heads[0]
+    kv_kernel = ('embed', self.kv_axis, 'head_dim')
     self.query = parameter(rngs, (query_dim, *heads), kernel, fan_in=query_dim)
-    self.key = parameter(rngs, (context_dim, *heads), kernel, fan_in=context_dim)
-    self.value = parameter(rngs, (context_dim, *heads), kernel, fan_in=context_dim)
+    self.key = parameter(rngs, (context_dim, *kv_heads), kv_kernel, fan_in=context_dim)
+    self.value = parameter(rngs, (context_dim, *kv_heads), kv_kernel, fan_in=context_dim)
     if self.relative_positions:
       self.relative = parameter(rngs, (query_dim, *heads), kernel, fan_in=query_dim)
     self.output = parameter(rngs, (*heads, query_dim), ('heads', 'head_dim', 'embed'),
@@ -44,6 +68,12 @@ class Attention(nnx.Module):
     if self.relative_positions:
       self.content_bias = parameter(rngs, heads, ('heads', 'head_dim'))
       self.position_bias = parameter(rngs, heads, ('heads', 'head_dim'))
+    if qkv_bias:
+      self.query_bias = parameter(rngs, heads, kernel[1:])
+      self.key_bias = parameter(rngs, kv_heads, kv_kernel[1:])
+      self.value_bias = parameter(rngs, kv_heads, kv_kernel[1:])
+    if output_bias:
+      self.output_bias = parameter(rngs, (query_dim,), ('norm',))
 
   def __call__(self, x: Array, context: Array, mask: Array, *, offset: int = 0,
                key_groups: int = 1) -> Array:
@@ -62,6 +92,7 @@ class Attention(nnx.Module):
     """
     q, k, v = self._project(x, context)
     q, k, by_distance = self._with_positions(q, k, offset, key_groups)
+    k, v = self._repeated(k), self._repeated(v)
     mixed = attention_kernels.masked(q, k, v, mask, by_distance, key_groups)
     return self._read_out(mixed)
 
@@ -72,21 +103,31 @@ class Attention(nnx.Module):
       x: [b, n, query_dim].
       segments: int32 [b, n], equal for tokens of one document. Rows of 0 (padding) give
         values that mean nothing.
-      kernel: 'einsum', 'blocked', or with rotary positions 'splash' or 'dot_product';
+      kernel: 'einsum', 'blocked', or unless positions are relative 'splash' or 'dot_product';
         all compute the same (attention_kernels.py).
       block: rows at a time in 'blocked' and 'splash'; 0 for the kernel's choice.
     """
     q, k, v = self._project(x, x)
     q, k, by_distance = self._with_positions(q, k, causal=True)
+    k, v = self._repeated(k), self._repeated(v)
     mixed = attention_kernels.causal(q, k, v, segments, by_distance, kernel, block)
     return self._read_out(mixed)
 
   def _project(self, x: Array, context: Array) -> tuple[Array, Array, Array]:
-    """Queries [..., q, h, c], keys and values [..., s, h, c]."""
-    project = lambda y, kernel, name: checkpoint_name(place(
-        jnp.einsum('...d,dhc->...hc', y, kernel[...].astype(y.dtype)), 'heads', -2), name)
-    return (project(x, self.query, 'query'), project(context, self.key, 'key'),
-            project(context, self.value, 'value'))
+    """Queries [..., q, h, c], keys and values [..., s, kv heads, c]."""
+    def project(y: Array, name: str, axis: str) -> Array:
+      kernel = getattr(self, name)[...].astype(y.dtype)
+      projected = jnp.einsum('...d,dhc->...hc', y, kernel)
+      if self.has_qkv_bias:
+        projected += getattr(self, f'{name}_bias')[...].astype(y.dtype)
+      return checkpoint_name(place(projected, axis, -2), name)
+
+    return (project(x, 'query', 'heads'), project(context, 'key', self.kv_axis),
+            project(context, 'value', self.kv_axis))
+
+  def _repeated(self, x: Array) -> Array:
+    """Keys or values [..., s, kv heads, c], each head for the queries that share it."""
+    return place(jnp.repeat(x, self.repeats, axis=-2), 'heads', -2) if self.repeats > 1 else x
 
   def _with_positions(self, q: Array, k: Array, offset: int = 0, key_groups: int = 1,
                       causal: bool = False
@@ -94,9 +135,12 @@ class Attention(nnx.Module):
     """What the kernels take: scaled queries, keys, and how distance enters if by logits."""
     rows, columns, dtype = q.shape[-3], k.shape[-3] // key_groups, q.dtype
     scale = q.shape[-1] ** -0.5
+    if self.positions == 'learned':
+      return q * jnp.asarray(scale, dtype), k, None
     if not self.relative_positions:
       by_group = k.reshape(*k.shape[:-3], key_groups, columns, *k.shape[-2:])
-      return rotate(q, offset) * jnp.asarray(scale, dtype), rotate(by_group).reshape(k.shape), None
+      return (rotate(q, offset, *self.rotary) * jnp.asarray(scale, dtype),
+              rotate(by_group, 0, *self.rotary).reshape(k.shape), None)
     content = (q + self.content_bias[...].astype(dtype)) * scale
     position = (q + self.position_bias[...].astype(dtype)) * scale
     vectors = sinusoid(distances(rows, columns, offset, causal), self.query_dim)
@@ -105,4 +149,5 @@ class Attention(nnx.Module):
 
   def _read_out(self, mixed: Array) -> Array:
     mixed = checkpoint_name(mixed, 'mixed')
-    return jnp.einsum('...hc,hcd->...d', mixed, self.output[...].astype(mixed.dtype))
+    result = jnp.einsum('...hc,hcd->...d', mixed, self.output[...].astype(mixed.dtype))
+    return result + self.output_bias[...].astype(result.dtype) if self.has_output_bias else result

@@ -14,7 +14,10 @@ import jax.numpy as jnp
 from retro_jax.models.attention_kernels import KERNELS, ROTARY_KERNELS
 
 _DTYPES = ('float32', 'bfloat16')
-_POSITIONS = ('relative', 'rotary')
+_POSITIONS = ('relative', 'rotary', 'learned')
+_RETRIEVAL_POSITIONS = ('', 'relative', 'rotary')
+_NORMS = ('rms', 'layer')
+_ACTIVATIONS = ('gelu', 'gelu_exact', 'silu')
 _REMAT = ('none', 'dots', 'projections', 'attention', 'full')
 
 
@@ -39,8 +42,26 @@ class RetroConfig:
     remat: what the backward pass recomputes, layer by layer: 'none'; 'dots', all but products
       with parameters and what attention gave; 'projections', all but queries, keys, values
       and what attention gave; 'attention', all but the latter; 'full', everything.
-    positions: 'relative' as in the paper, or 'rotary', which has no parameters of its own
-      and which the fused kernels know.
+    positions: 'relative' as in the paper; 'rotary', which has no parameters of its own and which
+      the fused kernels know; or 'learned', a vector for each place in a document, added to the
+      embeddings (GPT-2).
+    retrieval_positions: 'relative' or 'rotary', of CCA and encoder; '' for those of the decoder,
+      beside learned ones 'relative'.
+    max_positions: rows of the table of 'learned' positions: the longest sequence.
+    rotary_base: of the decoder's self-attention; CCA and encoder have 10,000.
+    rotary_scaling: () or Llama 3's (factor, low_freq_factor, high_freq_factor,
+      original_max_position), in the decoder's self-attention.
+    num_kv_heads: heads of keys and values in the decoder's self-attention, each for as many of
+      queries; 0 for num_heads.
+    norm, norm_epsilon: 'rms' or 'layer' (with bias), in the decoder's own layers; CCA and encoder
+      always have 'rms'.
+    activation, gated: of the decoder's FFW: 'gelu' (its tanh form), 'gelu_exact' or 'silu'; gated
+      multiplies what comes out of it by a third matrix's product.
+    qkv_bias, output_bias, ffw_bias: of the decoder's self-attention and FFW.
+    tied_read: READ has the table of the embeddings; else one of its own.
+    scaled_embeddings: multiply the decoder's by sqrt(d).
+    padding_row: id 0, padding, has a row in the tables, as every id. Vocabularies of public
+      models know no padding: their ids are moved up by one, and the tables have no row for 0.
     attention_kernel: how decoder self-attention is computed (attention_kernels.py).
     attention_block: rows at a time in it, 0 for the kernel's choice.
     loss_block: tokens of each sequence whose logits exist at a time, 0 for all.
@@ -65,6 +86,21 @@ class RetroConfig:
   dtype: str = 'float32'
   remat: str = 'none'
   positions: str = 'relative'
+  retrieval_positions: str = ''
+  max_positions: int = 0
+  rotary_base: float = 10_000.0
+  rotary_scaling: Sequence[float] = ()
+  num_kv_heads: int = 0
+  norm: str = 'rms'
+  norm_epsilon: float = 1e-6
+  activation: str = 'gelu'
+  gated: bool = False
+  qkv_bias: bool = False
+  output_bias: bool = False
+  ffw_bias: bool = False
+  tied_read: bool = True
+  scaled_embeddings: bool = True
+  padding_row: bool = True
   attention_kernel: str = 'blocked'
   attention_block: int = 0
   loss_block: int = 512
@@ -73,6 +109,7 @@ class RetroConfig:
     fill = lambda name, value: object.__setattr__(self, name, value)
     fill('cca_layers', tuple(self.cca_layers))
     fill('encoder_cross_attention_layers', tuple(self.encoder_cross_attention_layers))
+    fill('rotary_scaling', tuple(self.rotary_scaling))
     fill('d_ff', self.d_ff or 4 * self.d_model)
     fill('encoder_d_ff', self.encoder_d_ff or 4 * self.encoder_d_model)
     fill('retrieved_length', self.retrieved_length or 2 * self.chunk_length)
@@ -95,24 +132,59 @@ class RetroConfig:
       raise ValueError(f'RetroConfig.share_embeddings needs d_model = encoder_d_model, '
                        f'got {self.d_model} and {self.encoder_d_model}')
     for field, known in (('dtype', _DTYPES), ('remat', _REMAT), ('positions', _POSITIONS),
-                         ('attention_kernel', KERNELS)):
+                         ('retrieval_positions', _RETRIEVAL_POSITIONS), ('norm', _NORMS),
+                         ('activation', _ACTIVATIONS), ('attention_kernel', KERNELS)):
       value = getattr(self, field)
       if value not in known:
         raise ValueError(f'RetroConfig.{field} = {value!r}, expected one of {known}')
-    if self.attention_kernel in ROTARY_KERNELS and self.positions != 'rotary':
+    if self.attention_kernel in ROTARY_KERNELS and self.positions == 'relative':
       raise ValueError(
           f'RetroConfig.attention_kernel = {self.attention_kernel!r} knows no relative positions; '
           "set RetroConfig.positions = 'rotary' (gin/models/rotary.gin), or "
           "RetroConfig.attention_kernel = 'blocked'")
-    if self.positions == 'rotary' and (self.head_dim % 2 or self.encoder_head_dim % 2):
+    rotary = 'rotary' in (self.positions, self.positions_of_retrieval)
+    if rotary and (self.head_dim % 2 or self.encoder_head_dim % 2):
       raise ValueError('RetroConfig: rotary positions need an even head_dim')
-    for field in ('attention_block', 'loss_block'):
+    for field in ('attention_block', 'loss_block', 'num_kv_heads', 'max_positions'):
       if getattr(self, field) < 0:
         raise ValueError(f'RetroConfig.{field} = {getattr(self, field)}, expected 0 or more')
+    if self.num_heads % self.kv_heads:
+      raise ValueError(f'RetroConfig.num_kv_heads = {self.num_kv_heads} does not divide num_heads '
+                       f'= {self.num_heads}')
+    if (self.positions == 'learned') != (self.max_positions > 0):
+      raise ValueError(f'RetroConfig.max_positions = {self.max_positions}: the number of learned '
+                       f'positions, but positions = {self.positions!r}')
+    if self.positions != 'rotary' and (self.rotary_scaling or self.rotary_base != 10_000.0):
+      raise ValueError('RetroConfig: rotary_base and rotary_scaling change rotary positions, but '
+                       f'positions = {self.positions!r}')
+    if self.rotary_scaling and (len(self.rotary_scaling) != 4 or min(self.rotary_scaling) <= 0):
+      raise ValueError(f'RetroConfig.rotary_scaling = {self.rotary_scaling}, expected () or '
+                       '(factor, low_freq_factor, high_freq_factor, original_max_position)')
 
   @property
   def compute_dtype(self):
     return jnp.dtype(self.dtype)
+
+  @property
+  def kv_heads(self) -> int:
+    """Heads of keys and values in the decoder's self-attention."""
+    return self.num_kv_heads or self.num_heads
+
+  @property
+  def positions_of_retrieval(self) -> str:
+    """'relative' or 'rotary': positions of CCA and encoder."""
+    own = 'relative' if self.positions == 'learned' else self.positions
+    return self.retrieval_positions or own
+
+  @property
+  def rows(self) -> int:
+    """Rows of the tables of embeddings and of READ."""
+    return self.vocab_size - self.first_id
+
+  @property
+  def first_id(self) -> int:
+    """The id whose vector is the first row of those tables."""
+    return 0 if self.padding_row else 1
 
   @property
   def has_retrieval(self) -> bool:

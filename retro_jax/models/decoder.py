@@ -14,7 +14,7 @@ from flax import nnx
 from retro_jax.models.attention import Attention
 from retro_jax.models.chunked_cross_attention import ChunkedCrossAttention
 from retro_jax.models.config import RetroConfig, layer_plan
-from retro_jax.models.layers import FeedForward, RMSNorm
+from retro_jax.models.layers import NORMS, FeedForward
 from retro_jax.models.placement import place, place_parameters
 from retro_jax.models.recomputation import recomputed
 
@@ -27,10 +27,13 @@ class SelfAttention(nnx.Module):
   """ATTN: causal, residual, pre-norm, inside one document."""
 
   def __init__(self, config: RetroConfig, *, output_scale: float, rngs: nnx.Rngs):
-    self.norm = RMSNorm(config.d_model, rngs=rngs)
+    self.norm = _norm(config, rngs)
     self.attention = Attention(
         config.d_model, config.d_model, config.num_heads, config.head_dim,
-        positions=config.positions, output_scale=output_scale, rngs=rngs)
+        positions=config.positions, output_scale=output_scale, rngs=rngs,
+        num_kv_heads=config.num_kv_heads, qkv_bias=config.qkv_bias,
+        output_bias=config.output_bias, rotary_base=config.rotary_base,
+        rotary_scaling=config.rotary_scaling)
     self.kernel, self.block = config.attention_kernel, config.attention_block
 
   def __call__(self, h: Array, segments: Array) -> Array:
@@ -45,7 +48,9 @@ class DecoderLayer(nnx.Module):
     scale = (2 * config.num_layers) ** -0.5
     self.attention = SelfAttention(config, output_scale=scale, rngs=rngs)
     self.cca = ChunkedCrossAttention(config, output_scale=scale, rngs=rngs) if retro else None
-    self.feed_forward = FeedForward(config.d_model, config.d_ff, output_scale=scale, rngs=rngs)
+    self.feed_forward = FeedForward(
+        config.d_model, config.d_ff, output_scale=scale, rngs=rngs, activation=config.activation,
+        gated=config.gated, bias=config.ffw_bias, norm=config.norm, epsilon=config.norm_epsilon)
 
   def __call__(self, h: Array, segments: Array, encoded: Encoded) -> Array:
     h = self.attention(h, segments)
@@ -82,7 +87,7 @@ class Decoder(nnx.Module):
                repeats, rngs)
         for lm_layers, repeats in plan.periods])
     self.tail = _stack(lm, plan.tail, rngs)
-    self.norm = RMSNorm(config.d_model, rngs=rngs)
+    self.norm = _norm(config, rngs)
 
   def __call__(self, h: Array, segments: Array, encode: Callable[[Array], Encoded]) -> Array:
     """Runs the stack.
@@ -123,6 +128,11 @@ class Decoder(nnx.Module):
       return place(run(h, segments, encoded)), None
 
     return jax.lax.scan(body, h, parameters)[0]
+
+
+def _norm(config: RetroConfig, rngs: nnx.Rngs) -> nnx.Module:
+  """A norm of the decoder's own."""
+  return NORMS[config.norm](config.d_model, epsilon=config.norm_epsilon, rngs=rngs)
 
 
 def _stack(make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs):

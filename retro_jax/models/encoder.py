@@ -53,14 +53,15 @@ class EncoderLayer(nnx.Module):
                rngs: nnx.Rngs):
     width = config.encoder_d_model
     heads = (config.encoder_heads, config.encoder_head_dim)
+    positions = config.positions_of_retrieval
     self.norm = RMSNorm(width, rngs=rngs)
-    self.attention = Attention(width, width, *heads, positions=config.positions,
+    self.attention = Attention(width, width, *heads, positions=positions,
                                output_scale=output_scale, rngs=rngs)
     self.conditioned = conditioned
     if conditioned:
       self.cross_norm = RMSNorm(width, rngs=rngs)
       self.context_norm = RMSNorm(config.d_model, rngs=rngs)
-      self.cross_attention = Attention(width, config.d_model, *heads, positions=config.positions,
+      self.cross_attention = Attention(width, config.d_model, *heads, positions=positions,
                                        output_scale=output_scale, rngs=rngs)
     self.feed_forward = FeedForward(width, config.encoder_d_ff, output_scale=output_scale,
                                     rngs=rngs)

@@ -52,24 +52,26 @@ def forward_flops(config: RetroConfig, batch_size: int, sequence_length: int, *,
   chunks = tokens // m
   retrieved = chunks * k * r
   width, d = config.num_heads * config.head_dim, config.d_model
-  relative = config.positions == 'relative'
 
   def attention(rows: float, columns: float, groups: float, in_dim: int, context_dim: int,
                 inner: int, *, context_rows: float, distances: int, causal: bool = False,
-                key_groups: int = 1) -> float:
+                key_groups: int = 1, kv_inner: int = 0,
+                positions: str = config.positions_of_retrieval) -> float:
     """`groups` times attention of `rows` to `columns`; `context_rows` tokens give K and V."""
-    projections = 2.0 * inner * (2 * groups * rows * in_dim + 2 * context_rows * context_dim)
+    projections = 2 * 2.0 * (inner * groups * rows * in_dim
+                             + (kv_inner or inner) * context_rows * context_dim)
     share = 0.5 if causal and not as_computed else 1.0
     pairs = groups * rows * columns * share
     products = 2 * 2.0 * pairs * inner
-    if relative:
+    if positions == 'relative':
       products += 2.0 * inner * (
           groups * rows * distances if as_computed else pairs / key_groups)
       projections += 2.0 * distances * in_dim * inner  # once for the whole batch
     return projections + products
 
   self_attention = attention(n, n, batch_size, d, d, width, context_rows=tokens, distances=n,
-                             causal=True)
+                             causal=True, kv_inner=config.kv_heads * config.head_dim,
+                             positions=config.positions)
   cca = encoder = 0.0
   if config.has_retrieval:
     d_encoder, inner = config.encoder_d_model, config.encoder_heads * config.encoder_head_dim
@@ -84,7 +86,7 @@ def forward_flops(config: RetroConfig, batch_size: int, sequence_length: int, *,
         r, m, chunks * k, d_encoder, d, inner, context_rows=tokens, distances=r + m - 1)
   return ForwardFlops(
       attention=config.num_layers * self_attention,
-      ffw=config.num_layers * 2 * 2.0 * tokens * d * config.d_ff,
+      ffw=config.num_layers * (3 if config.gated else 2) * 2.0 * tokens * d * config.d_ff,
       cca=cca, encoder=encoder, read=2.0 * tokens * d * config.vocab_size)
 
 

@@ -1,8 +1,11 @@
-"""The small parts every block is made of: parameters with named axes, RMSNorm, FFW, embeddings.
+"""The small parts every block is made of: parameters with named axes, norms, FFW, embeddings.
 
 Attention lives in attention.py. Each parameter carries `axes`, the logical names of
 its dimensions; training/partitioning.py maps those names to mesh axes.
 """
+
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -37,48 +40,117 @@ def parameter(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str, ...],
 class RMSNorm(nnx.Module):
   """x / rms(x) * scale, computed in float32 (Zhang & Sennrich 2019)."""
 
-  def __init__(self, width: int, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, *, epsilon: float = EPSILON, rngs: nnx.Rngs):
     del rngs
+    self.epsilon = epsilon
     self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=('norm',))
 
   def __call__(self, x: Array) -> Array:
     """x [..., width] -> the same shape and dtype."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + EPSILON)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
     return (y * self.scale[...]).astype(x.dtype)
 
 
-class FeedForward(nnx.Module):
-  """FFW of equation 2: residual, pre-norm, two matrices, tanh-GELU in between."""
+class LayerNorm(nnx.Module):
+  """(x - mean(x)) / deviation(x) * scale + bias, computed in float32 (Ba et al. 2016)."""
 
-  def __init__(self, width: int, d_ff: int, *, output_scale: float, rngs: nnx.Rngs):
-    self.norm = RMSNorm(width, rngs=rngs)
+  def __init__(self, width: int, *, epsilon: float = EPSILON, rngs: nnx.Rngs):
+    self.epsilon = epsilon
+    self.scale = nnx.Param(jnp.ones((width,), jnp.float32), axes=('norm',))
+    self.bias = parameter(rngs, (width,), ('norm',))
+
+  def __call__(self, x: Array) -> Array:
+    """x [..., width] -> the same shape and dtype."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
+    return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    'gelu': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu_exact': functools.partial(jax.nn.gelu, approximate=False),
+    'silu': jax.nn.silu,
+}
+
+
+class FeedForward(nnx.Module):
+  """FFW of equation 2: residual, pre-norm, two matrices, tanh-GELU in between.
+
+  In decoders of other families also with a gate (Shazeer 2020), biases, another norm.
+  """
+
+  def __init__(self, width: int, d_ff: int, *, output_scale: float, rngs: nnx.Rngs,
+               activation: str = 'gelu', gated: bool = False, bias: bool = False,
+               norm: str = 'rms', epsilon: float = EPSILON):
+    self.norm = NORMS[norm](width, epsilon=epsilon, rngs=rngs)
+    self.activation = ACTIVATIONS[activation]
+    self.gated, self.has_bias = gated, bias
     self.wi = parameter(rngs, (width, d_ff), ('embed', 'mlp'), fan_in=width)
     self.wo = parameter(rngs, (d_ff, width), ('mlp', 'embed'), fan_in=d_ff, scale=output_scale)
+    if gated:
+      self.gate = parameter(rngs, (width, d_ff), ('embed', 'mlp'), fan_in=width)
+    if bias:
+      self.wi_bias = parameter(rngs, (d_ff,), ('mlp',))
+      self.wo_bias = parameter(rngs, (width,), ('norm',))
+    if bias and gated:
+      self.gate_bias = parameter(rngs, (d_ff,), ('mlp',))
 
   def __call__(self, x: Array) -> Array:
     """x [..., width] -> x + FFW(norm(x))."""
-    y = jnp.einsum('...d,df->...f', self.norm(x), self.wi[...].astype(x.dtype))
-    y = jax.nn.gelu(place(y, 'mlp'), approximate=True)
-    return x + jnp.einsum('...f,fd->...d', y, self.wo[...].astype(x.dtype))
+    normed = self.norm(x)
+    y = self._plus(self._product(normed, self.wi), 'wi_bias')
+    if self.gated:
+      y = y * self.activation(self._plus(self._product(normed, self.gate), 'gate_bias'))
+    else:
+      y = self.activation(y)
+    return x + self._plus(jnp.einsum('...f,fd->...d', y, self.wo[...].astype(x.dtype)), 'wo_bias')
+
+  def _product(self, normed: Array, kernel: nnx.Param) -> Array:
+    return place(jnp.einsum('...d,df->...f', normed, kernel[...].astype(normed.dtype)), 'mlp')
+
+  def _plus(self, y: Array, bias: str) -> Array:
+    return y + getattr(self, bias)[...].astype(y.dtype) if self.has_bias else y
 
 
 class Embedding(nnx.Module):
-  """A table of token vectors; also READ, since input and output tables are tied.
+  """A table of token vectors; also READ, where input and output tables are tied.
 
   Values have deviation 1/sqrt(width): inputs are scaled up by sqrt(width) to unit
   variance, and logits of a normalised activation start with unit variance.
   """
 
-  def __init__(self, vocab_size: int, width: int, *, rngs: nnx.Rngs):
-    self.width = width
-    self.table = parameter(rngs, (vocab_size, width), ('vocab', 'embed'), fan_in=width)
+  def __init__(self, rows: int, width: int, *, first_id: int = 0, scaled: bool = True,
+               rngs: nnx.Rngs):
+    """Args: `first_id`, of the first row; `scaled`, by sqrt(width) when a token is looked up."""
+    self.width, self.first_id, self.scaled = width, first_id, scaled
+    self.table = parameter(rngs, (rows, width), ('vocab', 'embed'), fan_in=width)
 
   def __call__(self, tokens: Array, dtype) -> Array:
-    """tokens [...] int32 -> [..., width] of `dtype`."""
-    return self.table[...].astype(dtype)[tokens] * jnp.asarray(self.width ** 0.5, dtype)
+    """tokens [...] int32 -> [..., width] of `dtype`; an id without a row gets that of another."""
+    if self.first_id:
+      tokens = jnp.maximum(tokens - self.first_id, 0)
+    x = self.table[...].astype(dtype)[tokens]
+    return x * jnp.asarray(self.width ** 0.5, dtype) if self.scaled else x
 
   def read(self, x: Array) -> Array:
-    """x [..., width] -> float32 logits [..., vocab_size]."""
-    return jnp.einsum('...d,vd->...v', x, self.table[...].astype(x.dtype),
-                      preferred_element_type=jnp.float32)
+    """x [..., width] -> float32 logits by id; minus infinity where an id has no row."""
+    logits = jnp.einsum('...d,vd->...v', x, self.table[...].astype(x.dtype),
+                        preferred_element_type=jnp.float32)
+    if self.first_id:
+      lead = [(0, 0)] * (logits.ndim - 1)
+      logits = jnp.pad(logits, [*lead, (self.first_id, 0)], constant_values=-jnp.inf)
+    return logits
+
+
+class PositionEmbedding(nnx.Module):
+  """A learned vector for each place in a document, as in GPT-2."""
+
+  def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
+    self.table = parameter(rngs, (count, width), ('position', 'embed'), fan_in=width)
+
+  def __call__(self, places: Array, dtype) -> Array:
+    """places [...] int32 -> [..., width] of `dtype`."""
+    return self.table[...].astype(dtype)[places]

@@ -4,6 +4,8 @@ Distances are those of the paper's B.1.2: query row i sees key column j at i - j
 What is done with them is in attention.py.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -47,7 +49,8 @@ def skew(by_distance: Array, columns: int) -> Array:
   return flat.reshape(*lead, rows, width)[..., :columns]
 
 
-def rotate(x: Array, first: int = 0, base: float = 10_000.0) -> Array:
+def rotate(x: Array, first: int = 0, base: float = 10_000.0, scaling: Sequence[float] = ()
+           ) -> Array:
   """Rotary positions (Su et al. 2021): the dot product of two rotated vectors knows their distance.
 
   The first and the second half of the head are the two coordinates of c/2 planes, plane i
@@ -57,11 +60,40 @@ def rotate(x: Array, first: int = 0, base: float = 10_000.0) -> Array:
     x: [..., rows, heads, c], c even; row i stands at position first + i.
     first: position of the first row, may be negative.
     base: of the wavelengths.
+    scaling: of the frequencies, see `scaled_frequencies`; () for none.
   """
   rows, width = x.shape[-3], x.shape[-1]
-  frequency = base ** (-np.arange(0, width, 2) / width)
+  frequency = scaled_frequencies(base ** (-np.arange(0, width, 2) / width), scaling)
   angle = (first + np.arange(rows))[:, None, None] * frequency  # [rows, 1, c/2]
   sine, cosine = (jnp.asarray(f(angle), jnp.float32) for f in (np.sin, np.cos))
   one, two = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   turned = jnp.concatenate([one * cosine - two * sine, two * cosine + one * sine], axis=-1)
   return turned.astype(x.dtype)
+
+
+def scaled_frequencies(frequency: np.ndarray, scaling: Sequence[float]) -> np.ndarray:
+  """The slow planes of rotary positions made slower, as Llama 3 was extended to long contexts.
+
+  Args:
+    frequency: [c/2], radians a position.
+    scaling: () for none, or (factor, low, high, n): planes that turn less than `low` times in n
+      positions are slowed by `factor`, those that turn more than `high` times are left alone,
+      and between them the factor's inverse is interpolated linearly in the number of turns.
+  """
+  if not scaling:
+    return frequency
+  factor, low, high, positions = scaling
+  turns = positions * frequency / (2 * np.pi)
+  kept = np.clip((turns - low) / (high - low), 0, 1)
+  return frequency * (kept + (1 - kept) / factor)
+
+
+def places(segments: Array) -> Array:
+  """int32 [b, n]: the place of each token in its document's part of the sequence, from 0.
+
+  Args:
+    segments: int32 [b, n], equal for the tokens of one document, which stand side by side.
+  """
+  order = jnp.arange(segments.shape[1], dtype=jnp.int32)
+  begins = jnp.pad(segments[:, 1:] != segments[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+  return order - jax.lax.cummax(jnp.where(begins, order, 0), axis=1)

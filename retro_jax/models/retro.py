@@ -6,6 +6,7 @@ Loss, optimizer and sharding are the trainer's.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -16,8 +17,9 @@ from retro_jax.models.chunked_cross_attention import attending_mask
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.decoder import Decoder, Encoded
 from retro_jax.models.encoder import NeighborEncoder
-from retro_jax.models.layers import Embedding
+from retro_jax.models.layers import Embedding, PositionEmbedding
 from retro_jax.models.placement import place
+from retro_jax.models.positions import places
 
 Array = jax.Array
 Parameters = dict[str, Array]
@@ -41,12 +43,15 @@ class Retro(nnx.Module):
 
   def __init__(self, config: RetroConfig, *, rngs: nnx.Rngs):
     self.config = config
-    self.embedding = Embedding(config.vocab_size, config.d_model, rngs=rngs)
+    table = functools.partial(Embedding, config.rows, first_id=config.first_id, rngs=rngs)
+    self.embedding = table(config.d_model, scaled=config.scaled_embeddings)
     self.decoder = Decoder(config, rngs=rngs)
     self.encoder = NeighborEncoder(config, rngs=rngs) if config.has_retrieval else None
     separate = config.has_retrieval and not config.share_embeddings
-    self.encoder_embedding = (
-        Embedding(config.vocab_size, config.encoder_d_model, rngs=rngs) if separate else None)
+    self.encoder_embedding = table(config.encoder_d_model) if separate else None
+    self.position_embedding = PositionEmbedding(
+        config.max_positions, config.d_model, rngs=rngs) if config.max_positions else None
+    self.head = None if config.tied_read else table(config.d_model)
 
   def __call__(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
     """Next-token logits.
@@ -63,20 +68,32 @@ class Retro(nnx.Module):
     Raises:
       ValueError: n is no multiple of m, or neighbours do not fit the chunks.
     """
-    return self.embedding.read(self.hidden(tokens, segments, retrieval))
+    return self.read(self.hidden(tokens, segments, retrieval))
+
+  def read(self, hidden: Array) -> Array:
+    """READ: `hidden` [..., d] -> float32 logits [..., vocab_size]."""
+    return self._reader.read(hidden)
+
+  @property
+  def _reader(self) -> Embedding:
+    return self.embedding if self.head is None else self.head
+
+  def _row(self, targets: Array) -> Array:
+    """The row of READ's table for each id; -1 for an id without one."""
+    return targets - self.config.first_id if self.config.first_id else targets
 
   def token_losses(self, tokens: Array, segments: Array, targets: Array,
                    retrieval: Retrieval | None) -> Array:
     """Negative log-likelihood of `targets` [b, n] in nats; float32 [b, n]."""
     hidden = self.hidden(tokens, segments, retrieval)
-    return cross_entropy.token_losses(hidden, self.embedding.table[...], targets,
+    return cross_entropy.token_losses(hidden, self._reader.table[...], self._row(targets),
                                       self.config.loss_block)
 
   def summed_loss(self, tokens: Array, segments: Array, targets: Array, weights: Array,
                   retrieval: Retrieval | None) -> Array:
     """The sum of `token_losses` times `weights` [b, n]: what training differentiates."""
     hidden = self.hidden(tokens, segments, retrieval)
-    return cross_entropy.summed_loss(hidden, self.embedding.table[...], targets, weights,
+    return cross_entropy.summed_loss(hidden, self._reader.table[...], self._row(targets), weights,
                                      self.config.loss_block)
 
   def hidden(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
@@ -89,6 +106,12 @@ class Retro(nnx.Module):
       raise ValueError(f'neighbours of shape {retrieval.tokens.shape} for {b} sequences of '
                        f'{n // m} chunks')
     dtype = self.config.compute_dtype
+    embedded = self.embedding(tokens, dtype)
+    if self.position_embedding is not None:
+      if n > self.config.max_positions:
+        raise ValueError(f'sequence length {n} is beyond the {self.config.max_positions} learned '
+                         'positions (RetroConfig.max_positions)')
+      embedded += self.position_embedding(places(segments), dtype)
 
     def encode(h: Array) -> Encoded:
       if retrieval is None:
@@ -99,7 +122,7 @@ class Retro(nnx.Module):
                              by_chunk(segments != 0))
       return encoded, attending_mask(segments, retrieval.mask, m)
 
-    return self.decoder(place(self.embedding(tokens, dtype)), segments, encode)
+    return self.decoder(place(embedded), segments, encode)
 
 
 def init_parameters(config: RetroConfig, key: Array) -> Parameters:

@@ -44,7 +44,7 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(config: OptimizerConfig, total_steps: int, skip_spikes: bool = False
                    ) -> optax.GradientTransformation:
   """The whole update rule, over a flat dict of parameters; `skip_spikes` as in spikes.py."""
-  is_matrix = lambda name: not name.endswith(('.scale', '_bias'))
+  is_matrix = lambda name: not name.endswith(('.scale', '.bias', '_bias'))
   rule = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(schedule(config, total_steps), b1=config.beta1, b2=config.beta2,

@@ -59,9 +59,11 @@ class ShardingRules:
   embed: str | None = 'fsdp'
   mlp: str | None = 'tensor'
   heads: str | None = 'tensor'
+  kv_heads: str | None = 'tensor'
   head_dim: str | None = None
   vocab: str | None = 'tensor'
   norm: str | None = None
+  position: str | None = None
   layers: str | None = None
 
   def activations(self, mesh: Mesh) -> Placement:
@@ -69,8 +71,9 @@ class ShardingRules:
 
     'parameters' is the mesh axis over which gradients are cut (the rule for `embed`).
     """
-    return Placement(mesh, {'batch': BATCH_SPEC[0], 'heads': self.heads, 'mlp': self.mlp,
-                            'vocab': self.vocab, 'parameters': self.embed},
+    return Placement(mesh, {'batch': BATCH_SPEC[0], 'heads': self.heads,
+                            'kv_heads': self.kv_heads, 'mlp': self.mlp, 'vocab': self.vocab,
+                            'parameters': self.embed},
                      {name.name: getattr(self, name.name) for name in dataclasses.fields(self)})
 
   def spec(self, name: str, axes: Sequence[str], shape: Sequence[int],
@@ -95,7 +98,8 @@ class ShardingRules:
                         'change ShardingRules')
       if target is not None and size % mesh.shape[target]:
         raise UserError(f'{name}: dimension {axis!r} of size {size} does not divide over '
-                        f'{mesh.shape[target]} devices of mesh axis {target!r}; change MeshConfig')
+                        f'{mesh.shape[target]} devices of mesh axis {target!r}; change MeshConfig, '
+                        f'or leave it whole with ShardingRules.{axis} = None')
       entries.append(target)
     return PartitionSpec(*entries)
 
