@@ -285,8 +285,13 @@ class Examples:
     path, expected, size = self._check_size(name, shard)
     return np.memmap(path, np.uint8, 'r', shape=(expected, size))
 
-  def read(self, indices: Sequence[int] | np.ndarray) -> dict[str, np.ndarray]:
+  def read(self, indices: Sequence[int] | np.ndarray,
+           sets: Sequence[str] = (EXAMPLES, NEIGHBORS)) -> dict[str, np.ndarray]:
     """Examples by number, in any order; -1 gives an empty one.
+
+    Args:
+      indices: of the examples.
+      sets: which of the two sets of records to read.
 
     Returns:
       the features of `example_specs`, and those of `neighbor_specs` as `neighbor_ids`,
@@ -302,7 +307,8 @@ class Examples:
       raise IndexError(f'{self.folder}: examples {indices.min()}..{indices.max()} asked for, '
                        f'it holds 0..{self.num_examples - 1}')
     result = {}
-    for name, layout in self.layouts.items():
+    for name in sets:
+      layout = self.layouts[name]
       features = {
           feature: np.full((len(indices),) + spec.shape, _EMPTY.get(feature, 0), spec.dtype)
           for feature, spec in layout.specs.items()}

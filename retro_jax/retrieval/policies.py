@@ -1,9 +1,10 @@
 """Which chunks of the database a query chunk may see, and how many were turned away.
 
 Nothing of any document packed in the query's sequence is allowed. Further rules: removed
-documents, a deny-list, near-duplicates (of chunks or of whole documents) and cut-offs in
-time. How alike two texts are is measured in overlap.py and near_documents.py, when a document
-was written in document_dates.py; here it is decided what follows.
+documents, a deny-list, near-duplicates (of chunks or of whole documents), cut-offs in time
+and a share of the database. How alike two texts are is measured in overlap.py and
+near_documents.py, when a document was written in document_dates.py; here it is decided what
+follows.
 """
 
 import collections
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax import files, storage
+from retro_jax.data.permutation import key
 from retro_jax.errors import UserError
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.document_dates import UNDATED, Moments, dates_of, read_date
@@ -22,6 +24,7 @@ from retro_jax.retrieval.overlap import longest_common_substring
 
 # Candidates whose tokens are compared with their query's at a time.
 _PAIRS_AT_ONCE = 32768
+_FRACTION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +45,8 @@ class PolicyConfig:
     latest: drop documents dated after this date, '' for no such cut-off. '2015' allows the
       whole year.
     earlier_than_query: allow only documents dated strictly before the query's document.
+    database_fraction: allow only this share of the database's documents, drawn by a hash of
+      their place, so that a smaller share lies inside a larger one; 1 is all.
 
   While there is a cut-off, documents without a readable date are dropped too, and a query
   without one gets no neighbours when they have to be earlier. A date that is a period counts
@@ -56,6 +61,7 @@ class PolicyConfig:
   date_field: str = ''
   latest: str = ''
   earlier_than_query: bool = False
+  database_fraction: float = 1.0
 
   def __post_init__(self):
     if isinstance(self.deny_documents, str):
@@ -67,6 +73,9 @@ class PolicyConfig:
     if not 0 <= self.near_duplicate_documents <= 1:
       raise UserError(f'near_duplicate_documents is {self.near_duplicate_documents}; expected a '
                       'Jaccard similarity from 0 (off) to 1')
+    if not 0 < self.database_fraction <= 1:
+      raise UserError(f'database_fraction is {self.database_fraction}; expected a share of the '
+                      'documents above 0, up to 1')
     if (self.latest or self.earlier_than_query) and not self.date_field:
       raise UserError('latest and earlier_than_query compare dates; set date_field to the '
                       'metadata field that has them')
@@ -229,6 +238,8 @@ class Policy:
     yield 'removed', _in_sorted(documents, self._database.removed)
     yield 'deny_list', _in_sorted(documents, self._denied)
     config = self.config
+    if config.database_fraction < 1:
+      yield 'outside_fraction', ~in_fraction(documents, config.database_fraction)
     if not (config.latest or config.earlier_than_query):
       return
     dates = dates_of(self._database, config.date_field)(np.maximum(documents, 0))
@@ -276,6 +287,11 @@ class Policy:
       return -1
     found = self._database.ordinal_of(self._queries.document_info(ordinal)['id'])
     return -1 if found is None else found
+
+
+def in_fraction(documents: np.ndarray, fraction: float) -> np.ndarray:
+  """Whether documents, by ordinal, belong to a share of a database; bool of their shape."""
+  return key(_FRACTION, documents) < np.uint64(min(fraction * 2.0**64, 2.0**64 - 2048))
 
 
 def _in_sorted(values: np.ndarray, ascending: np.ndarray) -> np.ndarray:
@@ -332,4 +348,6 @@ def describe(config: PolicyConfig) -> dict[str, Any]:
   """JSON that changes when other neighbours would be allowed."""
   settings = dataclasses.asdict(config)
   del settings['deny_documents'], settings['deny_file']
+  if config.database_fraction == 1:
+    del settings['database_fraction']  # examples made before it could be set stay current
   return {**settings, 'deny_list': storage.fingerprint(sorted(set(denied_documents(config))))}

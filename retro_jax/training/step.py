@@ -177,3 +177,29 @@ def make_evaluation_step(model: RetroConfig, mesh: Mesh, parameter_shardings: An
   inputs = {name: examples for name in batch_inputs(model)}
   return jax.jit(score, in_shardings=(parameter_shardings, inputs),
                  out_shardings=partitioning.replicated(mesh))
+
+
+def scoring_inputs(retrieval: bool) -> tuple[str, ...]:
+  """Names of the batch's arrays that the scoring of tokens takes."""
+  return ('tokens', 'targets', 'loss_weights', 'documents') + (
+      RETRIEVAL_INPUTS if retrieval else ())
+
+
+def make_token_step(model: RetroConfig, mesh: Mesh, parameter_shardings: Any, retrieval: bool,
+                    rules: ShardingRules = ShardingRules()
+                    ) -> Callable[[retro.Parameters, Batch], jax.Array]:
+  """The jitted scoring of single tokens: (parameters, batch) -> bits, float32 [b, n].
+
+  The batch is one of `scoring_inputs`. Bits of each position's target, 0 where its
+  loss_weights are; every process sees all rows. It is what evaluation/token_scores.py keeps,
+  while `make_evaluation_step` sums where only a sum is wanted.
+  """
+
+  def score(parameters: retro.Parameters, batch: Batch) -> jax.Array:
+    with placement.on(rules.activations(mesh)):
+      return token_losses(model, parameters, batch, retrieval) / math.log(2)
+
+  examples = partitioning.batch_sharding(mesh)
+  inputs = {name: examples for name in scoring_inputs(retrieval)}
+  return jax.jit(score, in_shardings=(parameter_shardings, inputs),
+                 out_shardings=partitioning.replicated(mesh))

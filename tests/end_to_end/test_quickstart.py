@@ -77,7 +77,7 @@ def _export_evaluate_generate(run, results, capsys):
       '--gin_file=gin/runs/evaluate.gin', f'--gin.OUTPUT={run}/evaluated',
       f'--gin.RETRO={run}/exported',
       f'--gin.BASELINE={run}/baseline', f'--gin.EXAMPLES={run}/examples/test',
-      f'--gin.RANDOM_EXAMPLES={run}/examples/test_random'])
+      f'--gin.RANDOM_EXAMPLES={run}/examples/test_random', '--gin.STRIDE=64'])
   again = json.loads((run / 'evaluated' / 'results.json').read_text())['bits_per_byte']
   assert again == pytest.approx(results['bits_per_byte'], rel=1e-6)
   capsys.readouterr()

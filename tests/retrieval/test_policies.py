@@ -217,7 +217,7 @@ def test_deny_file(stores, tmp_path):
 def test_description_follows_every_setting(stores):
   changed = {'deny_documents': ('doc-1',), 'exclude_query_documents': False,
              'near_duplicate_chunks': 0.5, 'near_duplicate_documents': 0.8, 'date_field': 'day',
-             'latest': '2015', 'earlier_than_query': True}
+             'latest': '2015', 'earlier_than_query': True, 'database_fraction': 0.5}
   assert changed.keys() | {'deny_file'} == {f.name for f in dataclasses.fields(PolicyConfig)}
   base = PolicyConfig(date_field='date')
   descriptions = [describe(base)] + [
