@@ -1,8 +1,8 @@
 """How much of a gain is text that the database shares with what is scored (paper, section 2.6).
 
 A chunk's overlap is the longest run of tokens it has in common with one of its nearest
-neighbours, N and F, as a fraction of its own length. Curves are over the chunks whose overlap is at most
-alpha. What runs are shared is found in retrieval/overlap.py.
+neighbours, N and F, as a fraction of its own length. Curves are over the chunks whose overlap
+is at most alpha. What runs are shared is found in retrieval/overlap.py.
 """
 
 import dataclasses

@@ -6,19 +6,22 @@ other copy and goes on as the text does. Half of the held-out texts are in the d
 
 import json
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from retro_jax import evaluate
+from retro_jax.data import batches, tasks
 from retro_jax.data.corpus import Document
+from retro_jax.data.records import Examples
 from retro_jax.data.windows import Documents
 from retro_jax.evaluation import leakage, words
 from retro_jax.evaluation.leakage import LeakageConfig
 from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval import pipeline
 from retro_jax.retrieval.policies import PolicyConfig
-from retro_jax.training import loop
-from retro_jax.training.checkpoints import CheckpointConfig
+from retro_jax.training import checkpoints, optimizer, partitioning, state, step
 from retro_jax.training.optimizer import OptimizerConfig
 from retro_jax.training.partitioning import MeshConfig
 from tests import worlds
@@ -27,10 +30,34 @@ MODEL = RetroConfig(
     vocab_size=384, d_model=32, num_layers=2, num_heads=2, head_dim=16, chunk_length=8,
     num_neighbors=2, cca_layers=(2,), encoder_d_model=32, encoder_layers=1, encoder_heads=2,
     encoder_head_dim=16)
+STEPS = 150
 
 
 def named(prefix, texts):
   return [Document(f'{prefix}-{i}', text) for i, text in enumerate(texts)]
+
+
+def trainer():
+  """A function from a folder of examples to the parameters of a model trained on them.
+
+  On one device: on eight fake ones most of the time would go into their talking.
+  """
+  mesh = partitioning.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
+  config = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=20)
+  rule = optimizer.make_optimizer(config, STEPS)
+  abstract = state.abstract_state(MODEL, rule, partitioning.ShardingRules(), mesh)
+  train_step = step.make_train_step(
+      MODEL, rule, optimizer.schedule(config, STEPS), mesh, abstract)
+
+  def train(folder):
+    tasks.register_task('copies', folder, MODEL.num_neighbors)
+    current = state.init_state(MODEL, rule, 0, abstract)
+    for batch in batches.batches('copies', 16, num_steps=STEPS):
+      inputs = {name: batch[name] for name in step.batch_inputs(MODEL)}
+      current, _ = train_step(current, batches.to_global(inputs, mesh))
+    return jax.device_get(current.parameters)
+
+  return train
 
 
 @pytest.fixture(scope='module')
@@ -38,9 +65,9 @@ def world(tmp_path_factory):
   """Folders: run/nearest, run/random; held, held_random, held_tenth; and the held-out texts."""
   folder = tmp_path_factory.mktemp('evaluate')
   rng = np.random.default_rng(0)
-  train, held = ([worlds.text(rng, 40) for _ in range(count)] for count in (40, 12))
+  copied, held = ([worlds.text(rng, 40) for _ in range(count)] for count in (40, 12))
   database = worlds.store(
-      folder / 'db', named('a', train) + named('b', train) + named('leak', held[::2]))
+      folder / 'db', named('a', copied) + named('b', copied) + named('leak', held[::2]))
   queries = worlds.store(folder / 'queries', named('held', held))
   pipeline.build_index(folder / 'index', database)
 
@@ -49,14 +76,13 @@ def world(tmp_path_factory):
         folder / name, store, database, folder / 'index',
         pipeline.ExamplesConfig(32, 3, margin=4, kind=kind, policy=policy))
 
+  train = trainer()
   for kind in ('nearest', 'random'):
     build(f'train_{kind}', database, kind)
-    loop.train(loop.TrainJob(
-        run_dir=str(folder / 'run' / kind), model=MODEL,
-        training=loop.TrainingConfig(steps=150, batch_size=16, log_every=50),
-        optimizer=OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=20),
-        mesh=MeshConfig(data=1, fsdp=-1), checkpoints=CheckpointConfig(every=10000),
-        data=loop.DataConfig(train={str(folder / f'train_{kind}'): 1.0})))
+    exported = folder / 'run' / kind
+    checkpoints.write_model_description(exported, MODEL, database.manifest['vocabulary'])
+    safetensors.numpy.save_file(train(folder / f'train_{kind}'),
+                                exported / checkpoints.SAFETENSORS)
   build('held', queries)
   build('held_random', queries, 'random')
   build('held_tenth', queries, policy=PolicyConfig(database_fraction=0.1))
@@ -81,7 +107,8 @@ def run(folder, kind, monkeypatch, *more, file='evaluate'):
 def test_the_gate_tells_a_model_that_reads_from_one_that_does_not(world, monkeypatch, capsys):
   folder, _ = world
   code, passed = run(folder, 'nearest', monkeypatch, '--gate', '--gin.GateConfig.margin=0.02')
-  assert code == 0 and passed['gate']['passed'] and passed['gains']['over_retro_random']['low'] > .02
+  assert code == 0 and passed['gate']['passed']
+  assert passed['gains']['over_retro_random']['low'] > 0.02
   capsys.readouterr()
   code, failed = run(folder, 'random', monkeypatch, '--gate', '--gin.GateConfig.margin=0.02')
   assert code == 3 and not failed['gate']['passed']
@@ -134,14 +161,14 @@ def test_everything_from_one_checkpoint(world, monkeypatch, capsys):
 
 def test_a_planted_leak_is_found_and_leaves_the_filtered_figure(world):
   folder, held = world
-  from retro_jax.data.records import Examples
   documents = Documents(Examples(folder / 'held'))
   leaks = leakage.measured(documents, LeakageConfig(), 2)
   leaked = np.isin(documents.document, np.arange(0, len(held), 2))
+  leaked[documents.starts[1:] - 1] = False  # of a few last tokens there are many copies
   assert (leaks.overlap[leaked] == 1).all()
   assert leaks.num_neighbors == 3 and any('holds 3' in note for note in leaks.notes)
   # Against a loop over all pairs of places.
-  for chunk in np.flatnonzero(~leaked)[:20]:
+  for chunk in range(0, documents.num_chunks, 5):
     tokens = documents.read(np.array([chunk]))
     text = [t for t in tokens['tokens'][0].tolist() if t]
     best = max((length for length in range(len(text) + 1)
@@ -150,12 +177,12 @@ def test_a_planted_leak_is_found_and_leaves_the_filtered_figure(world):
                 ' '.join(['', *map(str, other.tolist()), ''])), default=0)
     assert leaks.overlap[chunk] == pytest.approx(best / len(text))
   clean = leaks.overlap <= 0.5
-  assert not clean[leaked].any() and clean[~leaked].mean() > 0.5
+  assert not clean[leaked].any()
+  assert clean[np.isin(documents.document, np.arange(1, len(held), 2))].mean() > 0.5
 
 
 def test_kinds_of_tokens_against_a_loop(world):
   folder, _ = world
-  from retro_jax.data.records import Examples
   documents = Documents(Examples(folder / 'held'))
   kinds = leakage.measured(documents, LeakageConfig(), 1).kinds
   for chunk in range(documents.num_chunks):
@@ -177,7 +204,7 @@ def test_words_as_wikitext_counts_them():
 
 
 @pytest.mark.parametrize('arguments, why', [
-    (['--gate', '--gin.GateConfig.over=shuffled'], 'set EvaluateJob.retro and SweepConfig.shuffled'),
+    (['--gate', '--gin.GateConfig.over=shuffled'], 'EvaluateJob.retro and SweepConfig.shuffled'),
     (['--gin.STRIDE=12'], 'multiple of 8 up to 32'),
     (['--gin.NUM_NEIGHBORS=4'], 'holds 3 neighbours a chunk, 4 asked for'),
     (['--gin.EvaluateJob.queries={folder}/db'], 'name the store they were made of'),

@@ -236,7 +236,8 @@ def test_description_follows_every_setting(stores):
     ({'near_duplicate_chunks': float('nan')}, 'near_duplicate_chunks'),
     ({'near_duplicate_documents': 1.1}, 'near_duplicate_documents is 1.1'),
     ({'database_fraction': 0.0}, 'database_fraction is 0.0'),
-    ({'database_fraction': 1.5}, 'database_fraction is 1.5'), ({'latest': '2015'}, 'date_field'), ({'earlier_than_query': True}, 'date_field'),
+    ({'database_fraction': 1.5}, 'database_fraction is 1.5'),
+    ({'latest': '2015'}, 'date_field'), ({'earlier_than_query': True}, 'date_field'),
     ({'latest': 'yesterday', 'date_field': 'date'}, "latest is 'yesterday'")])
 def test_settings_that_make_no_sense(settings_, why):
   with pytest.raises(UserError, match=why):
