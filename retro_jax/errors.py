@@ -1,7 +1,8 @@
 """The exceptions a person may be shown without a traceback, and the exit codes they end in.
 
 Entry points catch them, print their single line and leave with their code, by which a
-launcher knows whether to start again (docs/pods.md). Everything else is a defect of ours and
+launcher knows whether to start again (docs/pods.md): 2 input, 3 a gate that was not passed
+(evaluation/gate.py), and those below. Everything else is a defect of ours and
 keeps its traceback.
 """
 

@@ -84,8 +84,9 @@ def evaluate(job: EvaluateJob) -> None:
       'examples': facts,
       'protocol': scorer.protocol(),
       'bits_per_byte': {name: score.bits_per_byte for name, score in scores.items()},
-      'gains': results.gains(scores),
-      'rows': [results.row(setting, scores[setting.name], job.examples) for setting in settings]}
+      'gains': results.gains({s.name: scores[s.name] for s in settings
+                              if s.sweep in ('', 'control')}),
+      'rows': results.sweep_rows(settings, scores, job.examples)}
   if queries is None:
     left_out.append(f'by source, and evaluation documents in the database: {why_none}')
   else:

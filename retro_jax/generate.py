@@ -13,6 +13,8 @@ from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomE
 from retro_jax.retrieval.sharded_index import Index
 from retro_jax.training.checkpoints import load_model
 
+CONFIGURABLES = (BertEmbedder, LexicalEmbedder, RandomEmbedder)
+
 
 @dataclasses.dataclass(frozen=True)
 class GenerateJob:
@@ -107,7 +109,7 @@ def _first_line(text: str, longest: int = 60) -> str:
 
 
 def main() -> None:
-  configuration.main(GenerateJob, run, (BertEmbedder, LexicalEmbedder, RandomEmbedder))
+  configuration.main(GenerateJob, run, CONFIGURABLES)
 
 
 if __name__ == '__main__':

@@ -1,8 +1,8 @@
 """How much of a gain is text that the database shares with what is scored (paper, section 2.6).
 
 A chunk's overlap is the longest run of tokens it has in common with one of its nearest
-neighbours, N and F, as a fraction of m. Curves are over the chunks whose overlap is at most
-alpha. What runs are shared is found in retrieval/overlap.py.
+neighbours, N and F, as a fraction of its own length. Curves are over the chunks whose overlap
+is at most alpha. What runs are shared is found in retrieval/overlap.py.
 """
 
 import dataclasses
@@ -48,7 +48,8 @@ class Leaks:
   Attributes:
     config: how it was measured.
     documents: which.
-    overlap: s / m of each chunk, float64 [chunks].
+    overlap: of each chunk, the longest run shared by its tokens that are not padding, float64
+      [chunks]. A document's last chunk is shorter than m.
     num_neighbors: that were looked at.
     kinds: of each token, uint8 [chunks, m]: one of `TOKEN_KINDS`.
     facts: of the examples whose neighbours were looked at.
@@ -95,7 +96,8 @@ def measured(documents: Documents, config: LeakageConfig, read: int) -> Leaks:
     chunks = np.arange(first, min(first + _CHUNKS_AT_ONCE, documents.num_chunks))
     tokens = documents.read(chunks, (EXAMPLES,))['tokens']
     found = documents.read(chunks, (NEIGHBORS,), source)['neighbor_tokens'][:, :looked_at]
-    overlap[chunks] = longest_common_substring(tokens, found).max(-1) / m
+    shared = longest_common_substring(tokens, found).max(-1)
+    overlap[chunks] = shared / np.maximum((tokens != 0).sum(-1), 1)
     kinds[chunks] = _kinds(documents, chunks, tokens, read)
   return Leaks(config, documents, overlap, looked_at, kinds,
                {key: source.manifest[key] for key in ('neighbors', 'policy', 'database')}, notes)

@@ -19,10 +19,10 @@ Rows = Sequence[Mapping[str, Any]]
 LABELS = {'baseline': 'baseline', 'retro_off': 'RETRO[OFF]', 'retro_on': 'RETRO[ON]',
           'retro_random': 'RETRO, random'}
 # Okabe and Ito's colours, which colour-blind readers tell apart; also by lightness.
-_COLORS = {'baseline': '#7f7f7f', 'retro_off': '#56b4e9', 'retro_on': '#0072b2',
+COLORS = {'baseline': '#7f7f7f', 'retro_off': '#56b4e9', 'retro_on': '#0072b2',
            'retro_random': '#e69f00'}
 _FURTHER_COLORS = ('#009e73', '#cc79a7', '#d55e00', '#000000')
-_RUN_COLORS = {'baseline': _COLORS['baseline'], 'retro': _COLORS['retro_on']}
+_RUN_COLORS = {'baseline': COLORS['baseline'], 'retro': COLORS['retro_on']}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +135,7 @@ def loss_picture(path: str | os.PathLike, runs: Mapping[str, Rows],
   figure = Figure(figsize=(4.9 * sum(widths), 4.8), dpi=130, layout='constrained')
   FigureCanvasAgg(figure)
   axes = list(figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0])
-  _draw_losses(axes.pop(0), runs)
+  draw_losses(axes.pop(0), runs)
   if gains:
     _draw_gains(axes.pop(0), runs, gains)
   if bars:
@@ -144,7 +144,8 @@ def loss_picture(path: str | os.PathLike, runs: Mapping[str, Rows],
     figure.savefig(f, format='png', facecolor='white')
 
 
-def _draw_losses(axis: Any, runs: Mapping[str, Rows]) -> None:
+def draw_losses(axis: Any, runs: Mapping[str, Rows]) -> None:
+  """Training loss of each run on a matplotlib axis."""
   for i, (label, rows) in enumerate(runs.items()):
     rows = [row for row in rows if 'loss' in row]
     if not rows:
@@ -165,7 +166,7 @@ def _draw_gains(axis: Any, runs: Mapping[str, Rows],
                 gains: Mapping[str, Mapping[str, tuple[np.ndarray, np.ndarray]]]) -> None:
   for i, (label, curves) in enumerate(gains.items()):
     for (over, (steps, gain)), style in zip(curves.items(), ('-', '--')):
-      color = _COLORS[over] if len(gains) == 1 else _run_color(label, i)
+      color = COLORS[over] if len(gains) == 1 else _run_color(label, i)
       name = f'over {LABELS[over]}' if len(gains) == 1 else f'{label} over {LABELS[over]}'
       axis.plot(steps * _tokens_per_step(runs, label), gain, style, color=color, marker='o',
                 markersize=4, linewidth=2, label=f'{name}: {gain[-1]:+.2f} %')
@@ -182,7 +183,7 @@ def _draw_bars(axis: Any, bars: Sequence[Line]) -> None:
     if i and line.model != bars[i - 1].model:
       place += 0.9
       axis.text(0, place - 0.62, line.model, fontweight='bold', va='center')
-    color = _COLORS.get(line.setting, _FURTHER_COLORS[i % len(_FURTHER_COLORS)])
+    color = COLORS.get(line.setting, _FURTHER_COLORS[i % len(_FURTHER_COLORS)])
     axis.barh(place, line.bits_per_byte, color=color, height=0.72)
     right = line.bits_per_byte
     if line.interval:

@@ -34,6 +34,21 @@ def row(setting: Setting, score: Score, source: str) -> dict[str, Any]:
   return result
 
 
+def sweep_rows(settings: Iterable[Setting], scores: Mapping[str, Score], source: str
+               ) -> list[dict[str, Any]]:
+  """A row a setting; with its `gain` over retro_off and the paired interval of that."""
+  result = []
+  off = scores.get('retro_off')
+  for setting in settings:
+    made = row(setting, scores[setting.name], source)
+    if off is not None and setting.reading.num_neighbors:
+      low, high = gain_interval(scores[setting.name], off)
+      made |= {'gain': 1 - scores[setting.name].bits.sum() / off.bits.sum(), 'gain_low': low,
+               'gain_high': high}
+    result.append(made)
+  return result
+
+
 def rows_by_source(settings: Iterable[Setting], scores: Mapping[str, Score],
                    store: ChunkDatabase) -> list[dict[str, Any]]:
   """A row for each setting and source of documents, where there are several sources."""

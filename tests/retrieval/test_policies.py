@@ -17,7 +17,7 @@ from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.database_build import DatabaseConfig, build_chunk_database
 from retro_jax.retrieval.database_edit import remove_documents
 from retro_jax.retrieval.document_dates import Moments, read_date
-from retro_jax.retrieval.policies import Own, Policy, PolicyConfig, describe
+from retro_jax.retrieval.policies import Own, Policy, PolicyConfig, describe, in_fraction
 from tests import worlds
 
 M = 8
@@ -70,6 +70,8 @@ def reason_against(config, stores, near_ids, names, query, candidate) -> str | N
     return 'removed'
   if name in config.deny_documents:
     return 'deny_list'
+  if not in_fraction(stores[1].document(candidate), config.database_fraction):
+    return 'outside_fraction'
   if config.latest or config.earlier_than_query:
     if dated is None or (config.earlier_than_query and query_dated is None):
       return 'undated'
@@ -94,7 +96,8 @@ CONFIGS = st.builds(
     near_duplicate_documents=st.sampled_from([0.0, 0.8]),
     date_field=st.just('date'),
     latest=st.sampled_from(['', '2015-03-01']),
-    earlier_than_query=st.booleans())
+    earlier_than_query=st.booleans(),
+    database_fraction=st.sampled_from([1.0, 0.6]))
 
 
 @settings(max_examples=25, deadline=None)
@@ -232,6 +235,8 @@ def test_description_follows_every_setting(stores):
     ({'near_duplicate_chunks': -0.1}, 'near_duplicate_chunks'),
     ({'near_duplicate_chunks': float('nan')}, 'near_duplicate_chunks'),
     ({'near_duplicate_documents': 1.1}, 'near_duplicate_documents is 1.1'),
+    ({'database_fraction': 0.0}, 'database_fraction is 0.0'),
+    ({'database_fraction': 1.5}, 'database_fraction is 1.5'),
     ({'latest': '2015'}, 'date_field'), ({'earlier_than_query': True}, 'date_field'),
     ({'latest': 'yesterday', 'date_field': 'date'}, "latest is 'yesterday'")])
 def test_settings_that_make_no_sense(settings_, why):
@@ -269,3 +274,18 @@ def test_dates(value, first, last):
     10**400, '0001-01-01T00:00:00+05:00', '9999-12-31T23:00:00-05:00', '1425168000.5'])
 def test_what_is_no_date(value):
   assert read_date(value) is None
+
+
+def test_a_smaller_fraction_lies_inside_a_larger_one():
+  documents = np.arange(200_000)
+  before = np.zeros(len(documents), bool)
+  for fraction in (0.01, 0.03, 0.1, 0.3, 1.0):
+    inside = in_fraction(documents, fraction)
+    assert inside.mean() == pytest.approx(fraction, rel=0.05)
+    assert inside[before].all()
+    before = inside
+  assert before.all()
+
+
+def test_without_a_fraction_the_description_is_as_it_was():
+  assert 'database_fraction' not in describe(PolicyConfig())

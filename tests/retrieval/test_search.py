@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from retro_jax.errors import UserError
 from retro_jax.retrieval.index import IndexConfig
-from retro_jax.retrieval.policies import Policy, PolicyConfig
+from retro_jax.retrieval.policies import Policy, PolicyConfig, in_fraction
 from retro_jax.retrieval.search import (
   check_same_space,
   neighbors_of_sequences,
@@ -93,6 +93,25 @@ def test_no_neighbour_from_any_document_of_the_sequence(tmp_path_factory, seed, 
     for chunk, row in zip(retrieved, tokens[:, 8:]):
       if row.any():
         assert database.document(chunk + 1) == database.document(chunk)
+
+
+@pytest.mark.parametrize('kind', ['exact', 'scann'])
+def test_neighbours_from_a_tenth_of_the_database_are_exact_in_it(tmp_path, kind):
+  database = worlds.store(tmp_path / 'db', worlds.documents(1, 150, longest=20))
+  queries = worlds.store(tmp_path / 'queries', worlds.documents(2, 4, longest=20, prefix='new'))
+  index = exact_index(database) if kind == 'exact' else build_index(
+      tmp_path / 'i', database, IndexConfig(kind='scann', leaves=8, recall_sample=10))
+  policy = Policy(PolicyConfig(database_fraction=0.1), queries, database)
+  sequences = sequence_chunk_ids(queries.num_chunks, 2)
+  found = neighbors_of_sequences(queries, database, index, policy, sequences, 5, 2)
+  inside = {d for d in range(database.num_documents) if in_fraction(np.array(d), 0.1)}
+  assert 5 < len(inside) < 30
+  assert inside >= set(database.document(found.ids[found.ids >= 0]).tolist())
+  outside = [database.document_ids[d] for d in range(database.num_documents) if d not in inside]
+  ids, _ = slow_neighbors(queries, database, sequences, 5, outside)
+  np.testing.assert_array_equal(found.ids, ids)
+  control = random_neighbors(queries, database, policy, sequences, 5)
+  assert inside >= set(database.document(control.ids[control.ids >= 0]).tolist())
 
 
 def test_sequences_cover_every_chunk_once():
