@@ -30,7 +30,7 @@ MODEL = RetroConfig(
     vocab_size=384, d_model=32, num_layers=2, num_heads=2, head_dim=16, chunk_length=8,
     num_neighbors=2, cca_layers=(2,), encoder_d_model=32, encoder_layers=1, encoder_heads=2,
     encoder_head_dim=16)
-STEPS = 150
+STEPS = 100
 
 
 def named(prefix, texts):
