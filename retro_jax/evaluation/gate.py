@@ -52,6 +52,8 @@ def check_possible(config: GateConfig, settings: Iterable) -> None:
 def why_not_passed(config: GateConfig, scores: Mapping[str, Score]) -> str | None:
   """None when the gate is passed, else what was found and what was asked."""
   on, other = scores['retro_on'], scores[config.over]
+  if len(on.bits) < 2:
+    return 'gate: a single document was scored, which gives no interval; score more'
   low, high = gain_interval(on, other)
   if low > config.margin:
     return None

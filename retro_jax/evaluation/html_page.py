@@ -114,7 +114,7 @@ dt { color: #555; } dd { margin: 0; overflow-wrap: anywhere; }
 th, td { text-align: right; padding: .2rem .8rem .2rem 0; border-bottom: 1px solid #ddd;
   white-space: nowrap; font-variant-numeric: tabular-nums; }
 .words { text-align: left; } .prose th, .prose td { white-space: normal; vertical-align: top; }
-.scroll + h3 { margin-top: 1.4rem; }
+.scroll + h3, .prose + h3, dl + h3 { margin-top: 1.4rem; }
 .sequence { margin: 1rem 0; border-top: 2px solid #0072b2; padding-top: .5rem; }
 summary { cursor: pointer; font-weight: 600; overflow-wrap: anywhere; }
 article { margin: 1rem 0 2rem; padding: .8rem; background: #f6f7f8; border-radius: 6px; }
