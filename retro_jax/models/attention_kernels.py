@@ -13,13 +13,14 @@ Logits and softmax are float32 whatever the dtype of the heads.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.models.placement import on_each_device, platform
-from retro_jax.models.positions import skew
+from retro_jax.models.positions import by_row, skew
 
 Array = jax.Array
 ByDistance = tuple[Array, Array] | None
@@ -28,6 +29,8 @@ ROTARY_KERNELS = ('dot_product', 'splash')
 # Far below any real logit, yet finite: a row with every key masked stays free of NaN.
 MASKED_LOGIT = -1e30
 _BLOCK = 128
+# Products by row pay from 1 sequence for this many rows.
+_BY_ROW = 2
 
 
 def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = None,
@@ -46,13 +49,26 @@ def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = 
   """
   logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
   if by_distance is not None:
-    position, p = by_distance
-    of_distance = jnp.einsum('...qhc,thc->...hqt', position, p,
-                             preferred_element_type=jnp.float32)
-    by_key = skew(of_distance, k.shape[-3] // key_groups)
+    by_key = _position_logits(*by_distance, k.shape[-3] // key_groups)
     logits += jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
   weights = masked_softmax(logits, mask[..., None, :, :])
   return jnp.einsum('...hqs,...shc->...qhc', weights.astype(v.dtype), v)
+
+
+def _position_logits(position: Array, p: Array, columns: int) -> Array:
+  """Logits of relative positions, [..., h, q, columns], from the two parts of ByDistance.
+
+  Either every row meets every distance, and `skew` picks what belongs to each key; or row i
+  meets only the keys of its own distances, in a product of its own over all sequences. The
+  latter has half the FLOPs and moves no logits, but a copy of p for each row: worth it on CPUs,
+  where sequences are many and short (the encoder and CCA).
+  """
+  rows, sequences = position.shape[-3], math.prod(position.shape[:-3])
+  if platform() == 'cpu' and _BY_ROW * sequences >= rows:
+    return jnp.einsum('...qhc,qshc->...hqs', position, by_row(p, rows, columns),
+                      preferred_element_type=jnp.float32)
+  of_distance = jnp.einsum('...qhc,thc->...hqt', position, p, preferred_element_type=jnp.float32)
+  return skew(of_distance, columns)
 
 
 def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,

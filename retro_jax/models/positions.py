@@ -49,6 +49,11 @@ def skew(by_distance: Array, columns: int) -> Array:
   return flat.reshape(*lead, rows, width)[..., :columns]
 
 
+def by_row(vectors: Array, rows: int, columns: int) -> Array:
+  """The vectors of `distances`, [number of distances, ...], as [rows, columns, ...]."""
+  return vectors[(rows - 1) - np.arange(rows)[:, None] + np.arange(columns)]
+
+
 def rotate(x: Array, first: int = 0, base: float = 10_000.0, scaling: Sequence[float] = ()
            ) -> Array:
   """Rotary positions (Su et al. 2021): the dot product of two rotated vectors knows their distance.

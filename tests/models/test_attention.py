@@ -46,6 +46,25 @@ def test_equals_loops(rows, columns, offset, groups, scheme):
     np.testing.assert_allclose(got[b], expected, rtol=1e-5, atol=1e-5)
 
 
+def test_position_logits_by_row_equal_skewed_ones(monkeypatch):
+  """In value and gradient: how many short sequences there are does not matter."""
+  module, _ = build(6, 10)
+  rng = np.random.default_rng(0)
+  x, context, weights = (rng.normal(size=shape).astype(np.float32)
+                         for shape in ((2, 3, 4, 6), (2, 3, 10, 10), (2, 3, 4, 6)))
+  mask = rng.random((2, 3, 4, 10)) < 0.7
+  structure, parameters = nnx.split(module)
+
+  def run(pays):
+    monkeypatch.setattr(attention_kernels, '_BY_ROW', pays)
+    loss = lambda p, x: (nnx.merge(structure, p)(
+        x, context, mask, offset=3, key_groups=2) * weights).sum()
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(parameters, x)
+
+  for got, wanted in zip(jax.tree.leaves(run(4)), jax.tree.leaves(run(0)), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_rows_that_read_nothing_are_exactly_zero():
   module, _ = make(6, 6)
   x = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
