@@ -64,19 +64,20 @@ def embedder(dimension: int = 16) -> LexicalEmbedder:
 
 def store(folder: Path, rows: list[Document], chunk_length: int = 8, dimension: int = 16,
           chunks_per_shard: int = 40, shuffle_seed: int | None = None,
-          ) -> database_lib.ChunkDatabase:
-  """A chunk store of these documents."""
+          tokenizer: vocabulary_lib.Vocabulary | None = None) -> database_lib.ChunkDatabase:
+  """A chunk store of these documents, in tokens of `vocabulary()` or of another."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   source = write_source(folder.with_suffix('.jsonl'), rows)
   return database_build.build_chunk_database(
-      folder, source, vocabulary(), DatabaseConfig(chunk_length, chunks_per_shard, shuffle_seed),
-      embedder(dimension))
+      folder, source, tokenizer or vocabulary(),
+      DatabaseConfig(chunk_length, chunks_per_shard, shuffle_seed), embedder(dimension))
 
 
 def examples(folder: Path, rows: list[Document], sequence_length: int = 32,
-             num_neighbors: int = 3, examples_per_shard: int = 4):
+             num_neighbors: int = 3, examples_per_shard: int = 4,
+             tokenizer: vocabulary_lib.Vocabulary | None = None):
   """Store, index and records of these documents, chunk length 8; returns store and records."""
-  db = store(folder / 'db', rows)
+  db = store(folder / 'db', rows, tokenizer=tokenizer)
   pipeline.build_index(folder / 'index', db)
   return db, pipeline.build_examples(
       folder / 'examples', db, db, folder / 'index', pipeline.ExamplesConfig(

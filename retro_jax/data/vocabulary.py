@@ -23,16 +23,16 @@ from retro_jax.errors import UserError
 
 PAD_ID, BOS_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 # SentencePiece writes a space as U+2581, so a U+2581 of the text itself has to travel as bytes.
-_SPACE = '\u2581'
-_SPACE_BYTES = _SPACE.encode()
-_SPACES = re.compile(f'({_SPACE}+)')
+SPACE = '\u2581'
+_SPACE_BYTES = SPACE.encode()
+SPACES = re.compile(f'({SPACE}+)')
 _SURROGATES = re.compile('[\ud800-\udfff]')
 # Each always is one token: line ends with the indentation after them, runs of spaces, tabs.
 _LAYOUT = (
     ['\n', '\n\n', '\n\n\n', '\r\n', '\t', '\t\t', '\n\t', '\n\t\t']
-    + ['\n' + _SPACE * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)]
-    + ['\n\n' + _SPACE * n for n in (2, 4, 8)]
-    + [_SPACE * n for n in (2, 4, 8, 16)])
+    + ['\n' + SPACE * n for n in (1, 2, 3, 4, 6, 8, 10, 12, 14, 16, 20, 24)]
+    + ['\n\n' + SPACE * n for n in (2, 4, 8)]
+    + [SPACE * n for n in (2, 4, 8, 16)])
 # Characters encoded in one piece, about, where a piece can be cut; and where it cannot. Of all
 # sizes the first was the fastest.
 _PIECE_CHARACTERS = 4096
@@ -104,7 +104,7 @@ class Vocabulary:
 
   @classmethod
   def load(cls, path: str | os.PathLike) -> 'Vocabulary':
-    """Reads a model file.
+    """Reads a model file, or the vocabulary of a public model (public_vocabulary.py).
 
     Raises:
       UserError: no such file, not a SentencePiece model, or one that is unfit: pad must be
@@ -113,7 +113,11 @@ class Vocabulary:
     if not files.exists(path):
       raise UserError(f'{files.shown(path)}: no vocabulary there; '
                       'train one or name a SentencePiece .model file')
-    return cls(path, files.read_bytes(path))
+    model = files.read_bytes(path)
+    if model.startswith(b'{'):
+      from retro_jax.data.public_vocabulary import PublicVocabulary  # builds upon this file
+      return PublicVocabulary(path, model)
+    return cls(path, model)
 
   def _bytes_of(self, token: int) -> bytes:
     processor = self._processor
@@ -122,7 +126,7 @@ class Vocabulary:
     piece = processor.id_to_piece(token)
     if processor.is_byte(token):
       return bytes([int(piece[3:5], 16)])  # '<0x0A>'
-    return piece.replace(_SPACE, ' ').encode()
+    return piece.replace(SPACE, ' ').encode()
 
   def encode(self, text: str) -> list[int]:
     """Token ids of `text`, without bos and eos."""
@@ -161,7 +165,7 @@ class Vocabulary:
       start = 0
       while start < len(text):
         end = self._cut(text, start + _PIECE_CHARACTERS, start + _LONGEST_PIECE)
-        between = _SPACES.split(text[start:end])
+        between = SPACES.split(text[start:end])
         yield _Part(row, 0, between[0])
         for spaces, part in zip(between[1::2], between[2::2]):
           yield _Part(row, len(spaces), part)
@@ -269,7 +273,7 @@ def _sentences(texts: Iterable[str]) -> Iterator[str]:
   """Pieces of a length that SentencePiece trains on quickly, cut at line ends where it can."""
   for text in texts:
     # NUL and U+2581 always travel as bytes: SentencePiece reserves both.
-    text = text.replace('\0', ' ').replace(_SPACE, ' ')
+    text = text.replace('\0', ' ').replace(SPACE, ' ')
     start = 0
     while start < len(text):
       end = start + _SENTENCE_CHARACTERS

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retro_jax.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Vocabulary
+from retro_jax.data.vocabulary import BOS_ID, PAD_ID, Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.generation.live_retrieval import FoundNeighbors, LiveRetriever
 from retro_jax.models import retro
@@ -88,7 +88,7 @@ class Context:
   """
 
   def __init__(self, config: RetroConfig, parameters: Mapping[str, jax.Array],
-               retriever: LiveRetriever | None, sequence_length: int):
+               retriever: LiveRetriever | None, sequence_length: int, bos_id: int = BOS_ID):
     """Starts with [bos].
 
     Args:
@@ -96,6 +96,7 @@ class Context:
       parameters: of the model, by dotted name.
       retriever: None for RETRO[OFF] and for the baseline.
       sequence_length: n, tokens in the window, a multiple of m.
+      bos_id: of [bos] in the model's vocabulary.
 
     Raises:
       UserError: parts that do not fit each other.
@@ -106,7 +107,7 @@ class Context:
                       f'length {m}')
     if retriever is not None:
       _check_fit(config, retriever)
-    self.tokens = [BOS_ID]
+    self.tokens = [bos_id]
     self.retrieved: dict[int, FoundNeighbors] = {}
     self._config, self._parameters, self._retriever = config, dict(parameters), retriever
     self._length = sequence_length
@@ -203,17 +204,18 @@ def generate(
   window = sequence_length or DEFAULT_WINDOW_CHUNKS * m
   if window > needed and window % m == 0:
     window = needed
-  context = Context(config, parameters, retriever, window)
+  context = Context(config, parameters, retriever, window, vocabulary.bos_id)
   for token in prompt_ids:
     context.append(token)
-  allowed = np.arange(config.vocab_size) < vocabulary.size
-  allowed[[PAD_ID, BOS_ID, UNK_ID]] = False
+  allowed = np.zeros(config.vocab_size, bool)
+  allowed[:vocabulary.size] = vocabulary.token_bytes > 0
+  allowed[vocabulary.eos_id] = True
   rng = np.random.default_rng(seed)
   start, ended = len(context.tokens), False
   while len(context.tokens) - start < max_new_tokens:
     logits = np.where(allowed, context.logits(), -np.inf)
     token = choose(logits, temperature, top_k, top_p, rng)
-    if token == EOS_ID:
+    if token == vocabulary.eos_id:
       ended = True
       break
     context.append(token)

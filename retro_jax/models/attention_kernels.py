@@ -1,15 +1,15 @@
 """Softmax attention over projected heads: a plain one, and faster ones that compute the same.
 
 Queries come scaled. `by_distance` = (queries [..., q, h, c], keys [distances, h, c] in the
-order of positions.distances) adds the logits of relative positions; None for rotary ones.
+order of positions.distances) adds the logits of relative positions; None for the others.
 Logits and softmax are float32 whatever the dtype of the heads.
 
 | kernel        | positions | what it does |
 |---|---|---|
-| `einsum`      | both      | the n x n logits of all heads at once: the reference |
-| `blocked`     | both      | rows by blocks, each against the keys before its end: half the work |
-| `dot_product` | rotary    | jax.nn.dot_product_attention (cuDNN on GPUs that have it) |
-| `splash`      | rotary    | the fused TPU kernel of JAX, on each device's own rows and heads |
+| `einsum`      | all       | the n x n logits of all heads at once: the reference |
+| `blocked`     | all       | rows by blocks, each against the keys before its end: half the work |
+| `dot_product` | others    | jax.nn.dot_product_attention (cuDNN on GPUs that have it) |
+| `splash`      | others    | the fused TPU kernel of JAX, on each device's own rows and heads |
 """
 
 import functools

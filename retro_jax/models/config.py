@@ -20,6 +20,10 @@ _NORMS = ('rms', 'layer')
 _ACTIVATIONS = ('gelu', 'gelu_exact', 'silu')
 _REMAT = ('none', 'dots', 'projections', 'attention', 'full')
 
+# What parameters of a decoder mean beside their shapes.
+OF_THE_DECODER = ('positions', 'rotary_base', 'rotary_scaling', 'norm', 'norm_epsilon',
+                  'activation', 'gated', 'tied_read', 'scaled_embeddings', 'padding_row')
+
 
 @dataclasses.dataclass(frozen=True)
 class RetroConfig:

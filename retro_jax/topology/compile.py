@@ -111,7 +111,8 @@ def _lower(config: StepConfig, mesh: jax.sharding.Mesh) -> Any:
   abstract = state.abstract_state(config.model, rule, config.rules, mesh)
   train_step = step.make_train_step(
       config.model, rule, optimizer.schedule(config.optimizer, _STEPS), mesh, abstract,
-      config.rules, config.microbatches, config.compiler)
+      config.rules, config.microbatches, config.compiler,
+      optimizer.trained(config.optimizer, abstract.parameters))
   examples = partitioning.batch_sharding(mesh)
   shapes = batch_shapes(config.model, config.batch_size, config.sequence_length)
   batch = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=examples)

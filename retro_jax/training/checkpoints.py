@@ -9,12 +9,13 @@ parameters mean, so that evaluation and sampling need the run's folder and nothi
 """
 
 import dataclasses
+import functools
 import json
 import os
 import re
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,11 +25,13 @@ import orbax.checkpoint as ocp
 import safetensors
 import safetensors.numpy
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
 from retro_jax import files, storage
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError, nearest
-from retro_jax.models.config import RetroConfig
+from retro_jax.models import layouts
+from retro_jax.models.config import OF_THE_DECODER, RetroConfig
 from retro_jax.models.retro import Parameters, init_parameters
 from retro_jax.training.state import TrainState, from_plain, to_plain
 
@@ -48,7 +51,8 @@ class CheckpointConfig:
     temporary_minutes: between checkpoints that only bridge an interruption: of these the newest
       stays, until a newer one of any kind is complete. 0 for none.
     initial: folder of a run or of an exported model whose parameters a fresh run begins with;
-      '' draws them from the seed.
+      '' draws them from the seed. Layers are found by their number, so a RETRO can begin with its
+      baseline, or with a RETRO of another P.
     assignment: where a fresh run finds its parameters in `initial`: pairs of a regular expression
       that matches a parameter's whole name and the name to take, with \\1 for groups, or None
       to draw it from the seed; the first match counts, and without one the name is the same.
@@ -158,39 +162,119 @@ def assigned(names: Sequence[str], config: CheckpointConfig) -> dict[str, str]:
   return sources
 
 
-def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: CheckpointConfig
+def initial_parameters(like: Mapping[str, jax.ShapeDtypeStruct], config: CheckpointConfig,
+                       model: RetroConfig, frozen: Collection[str] = (), vocabulary: str = ''
                        ) -> Parameters:
   """Parameters of `config.initial` under the names of `like`, in its shardings.
 
-  Parameters that `assignment` leaves to the seed are not in the result.
+  Parameters that `assignment` leaves to the seed are not in the result. Every process reads
+  what its own devices keep, as far as the layers of both models are stacked alike.
+
+  Args:
+    like: shapes, dtypes and shardings of the run's parameters.
+    config: with `initial` set.
+    model: of the run.
+    frozen: names of parameters that will not be trained.
+    vocabulary: fingerprint of the run's ids, '' where nobody knows.
 
   Raises:
-    UserError: no model there, or a parameter that is missing or of another shape.
+    UserError: no model there, a parameter that is missing or of another shape, or one that is
+      frozen in a decoder that computes something else with it or for other ids.
   """
   sources = assigned(list(like), config)
   folder = epath.Path(config.initial)
+  there, facts = model, {}
+  if (folder / MODEL_JSON).exists():
+    there, facts = read_model_description(folder)
+  if there.num_layers != model.num_layers:
+    raise UserError(f'{folder}: has {there.num_layers} layers, but RetroConfig.num_layers = '
+                    f'{model.num_layers}; make them equal')
+  if set(frozen) & sources.keys():
+    _check_same_decoder(folder, model, there)
+    known = facts.get('fingerprint', '')
+    if vocabulary and known and vocabulary != known:
+      raise UserError(f'{folder}: was trained with vocabulary {known}, but the data is of '
+                      f'{vocabulary}, and its tables are frozen; build the data with its own')
   exported = folder / SAFETENSORS
   stored = None if exported.exists() else _newest_state(folder)
   shapes = _exported_shapes(exported) if stored is None else _shapes(stored)
-  for name, source in sources.items():
-    if source not in shapes:
-      raise UserError(f'{folder}: holds no parameter {source}{nearest(source, shapes)}, which '
-                      f'{name} is to begin as; see CheckpointConfig.assignment')
-    if tuple(shapes[source]) != like[name].shape:
-      raise UserError(f'{folder}: parameter {source} is {tuple(shapes[source])}, but {name} is '
+  origins = {name: layouts.origin(source, model, there) for name, source in sources.items()}
+  for name, origin in origins.items():
+    for part in origin.parts:
+      if part.name not in shapes:
+        raise UserError(f'{folder}: holds no parameter {part.name}{nearest(part.name, shapes)}, '
+                        f'which {name} is to begin as; see CheckpointConfig.assignment')
+    found = _shape(origin, shapes)
+    if found != like[name].shape:
+      raise UserError(f'{folder}: parameter {origin.parts[0].name} is {found}, but {name} is '
                       f'{like[name].shape}; see CheckpointConfig.assignment')
-  # One source may serve several parameters, each of which lies where it belongs.
   if stored is None:
-    found = _read_exported(exported)
-    return {name: jax.make_array_from_callback(
-        leaf.shape, leaf.sharding,
-        lambda index, value=found[sources[name]]: np.asarray(value[index], leaf.dtype))
-            for name, leaf in like.items() if name in sources}
-  placed = {sources[name]: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-            for name, leaf in like.items() if name in sources}
-  found = _restore(stored, placed)
-  return {name: jax.device_put(found[source], like[name].sharding)
-          for name, source in sources.items()}
+    return {name: _from_exported(exported, origin, like[name]) for name, origin in origins.items()}
+  return _from_stored(stored, origins, like, shapes)
+
+
+def _check_same_decoder(folder: epath.Path, model: RetroConfig, there: RetroConfig) -> None:
+  """Refuses frozen parameters in a decoder that was trained to compute something else."""
+  for field in OF_THE_DECODER:
+    if (here := getattr(model, field)) != (trained := getattr(there, field)):
+      raise UserError(f'{folder}: was trained with RetroConfig.{field} = {trained!r}, but the run, '
+                      f'in which its parameters are frozen, has {here!r}; make them equal')
+
+
+def _shape(origin: layouts.Origin, shapes: Mapping[str, Sequence[int]]) -> tuple[int, ...]:
+  """The shape that the parts of a parameter make together."""
+  first = origin.parts[0]
+  one = tuple(shapes[first.name])[0 if first.index is None else 1:]
+  return (len(origin.parts), *one) if origin.stacked else one
+
+
+def _from_exported(path: epath.Path, origin: layouts.Origin, like: jax.ShapeDtypeStruct
+                   ) -> jax.Array:
+  """A parameter out of a safetensors file, of which only what this process keeps is read."""
+  try:
+    with safetensors.safe_open(path, framework='numpy') as file:
+
+      def read(part: layouts.Part, index: tuple[slice, ...]) -> np.ndarray:
+        if part.index is None:
+          return file.get_slice(part.name)[index]
+        return file.get_slice(part.name)[(slice(part.index, part.index + 1), *index)][0]
+
+      def shard(index: tuple[slice, ...]) -> np.ndarray:
+        if not origin.stacked:
+          return np.asarray(read(origin.parts[0], index), like.dtype)
+        return np.stack([read(part, index[1:]) for part in origin.parts[index[0]]]
+                        ).astype(like.dtype)
+
+      return jax.make_array_from_callback(like.shape, like.sharding, shard)
+  except safetensors.SafetensorError as error:
+    raise UserError(f'{path}: damaged ({error}); export the model again') from None
+
+
+def _from_stored(
+    state: epath.Path, origins: Mapping[str, layouts.Origin],
+    like: Mapping[str, jax.ShapeDtypeStruct], shapes: Mapping[str, Sequence[int]]) -> Parameters:
+  """Parameters out of a checkpoint: restored as they lie there, cut over the run's own mesh."""
+  wanted = {}
+  for name, origin in origins.items():
+    leaf = like[name]
+    # The placement of one layer is the same in every stack.
+    one = tuple(leaf.sharding.spec)[1 if origin.stacked else 0:]
+    for part in origin.parts:
+      spec = one if part.index is None else (None, *one)
+      wanted[part.name] = jax.ShapeDtypeStruct(
+          tuple(shapes[part.name]), leaf.dtype,
+          sharding=NamedSharding(leaf.sharding.mesh, PartitionSpec(*spec)))
+  found = _restore(state, wanted)
+
+  def take(part: layouts.Part, arrays: Parameters) -> jax.Array:
+    return arrays[part.name] if part.index is None else arrays[part.name][part.index]
+
+  @functools.partial(jax.jit, out_shardings={name: like[name].sharding for name in origins})
+  def build(arrays: Parameters) -> Parameters:
+    return {name: jnp.stack([take(part, arrays) for part in origin.parts]) if origin.stacked
+            else take(origin.parts[0], arrays) for name, origin in origins.items()}
+
+  return build(found)
 
 
 def write_model_description(folder: str | os.PathLike, model: RetroConfig,

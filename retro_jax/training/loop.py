@@ -142,14 +142,18 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   saved = checkpoints.Checkpoints(files.join(run_dir, checkpoints.CHECKPOINTS), job.checkpoints)
   position = {'data': data.fingerprint, 'seed': job.data.seed, 'batch_size': config.batch_size,
               'steps': config.steps}
-  current, carried = _begin(job, update_rule, abstract, saved, position)
+  if job.optimizer.trainable:
+    position['trainable'] = list(job.optimizer.trainable)
+  current, carried = _begin(job, update_rule, abstract, saved, position,
+                            data.vocabulary['fingerprint'])
   first = int(current.step)
   note(f'starting at step {first:,} of {config.steps:,}')
 
   # ------------------------------------------------------------------------------ loop
   train_step = step.make_train_step(
       model, update_rule, optimizer.schedule(job.optimizer, config.steps), mesh, abstract,
-      job.rules, config.microbatches, job.compiler)
+      job.rules, config.microbatches, job.compiler,
+      optimizer.trained(job.optimizer, abstract.parameters))
   evaluate = _Validation(job, mesh, state.shardings(abstract).parameters)
   writer = MetricWriter(run_dir, first)
   tokens = config.batch_size * data.shape.sequence_length
@@ -218,7 +222,7 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
 
 
 def _begin(job: TrainJob, update_rule: Any, abstract: state.TrainState,
-           saved: checkpoints.Checkpoints, position: Mapping[str, Any]
+           saved: checkpoints.Checkpoints, position: Mapping[str, Any], vocabulary: str = ''
            ) -> tuple[state.TrainState, Mapping[str, Any]]:
   """The newest checkpoint of the run, else the initial one, else the seed; and what it carries."""
   found = saved.restore(abstract, dict(position))
@@ -229,7 +233,10 @@ def _begin(job: TrainJob, update_rule: Any, abstract: state.TrainState,
   if not job.checkpoints.initial:
     note(f'fresh parameters from seed {job.training.seed}')
     return fresh, {}
-  taken = checkpoints.initial_parameters(abstract.parameters, job.checkpoints)
+  chosen = optimizer.trained(job.optimizer, abstract.parameters)
+  taken = checkpoints.initial_parameters(
+      abstract.parameters, job.checkpoints, job.model, set(abstract.parameters) - chosen,
+      vocabulary)
   note(f'{len(taken)} of {len(abstract.parameters)} parameters from {job.checkpoints.initial}, the '
        f'others fresh from seed {job.training.seed}')
   return dataclasses.replace(fresh, parameters={**fresh.parameters, **taken}), {}
@@ -301,6 +308,9 @@ def _check(job: TrainJob, data: _Data) -> None:
   if data.vocabulary['size'] > job.model.vocab_size:
     raise UserError(f'{folder}: a vocabulary of {data.vocabulary["size"]}, but '
                     f'RetroConfig.vocab_size = {job.model.vocab_size}; raise it')
+  if job.optimizer.trainable and not job.checkpoints.initial:
+    raise UserError('OptimizerConfig.trainable freezes parameters, which nothing has trained; name '
+                    'a trained model in CheckpointConfig.initial')
   steps = tuple(job.training.profile_steps)
   if steps and (len(steps) != 2 or not 1 <= steps[0] <= steps[1]):
     raise UserError(f'TrainingConfig.profile_steps = {steps}, expected (first, last) or ()')

@@ -6,7 +6,7 @@ neighbor_mask [b, l, k, r]).
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,7 @@ def make_train_step(
     model: RetroConfig, optimizer: optax.GradientTransformation, learning_rate: optax.Schedule,
     mesh: Mesh, abstract: TrainState, rules: ShardingRules = ShardingRules(),
     microbatches: int = 1, compiler: CompilerConfig = CompilerConfig(),
+    trained: Collection[str] | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """The jitted step: (state, batch) -> (state, metrics); the old state is donated.
 
@@ -81,10 +82,12 @@ def make_train_step(
     microbatches: parts of the batch that are computed one after the other, for memory; the
       gradient is that of the whole.
     compiler: options for XLA, used on TPUs.
+    trained: names of the parameters that `optimizer` has a state for; None for all. The others
+      leave the step as they entered it, and no gradient of theirs is computed.
   """
 
-  def loss_and_gradient(parameters: retro.Parameters, batch: Batch):
-    run = jax.value_and_grad(lambda p, part: summed_loss(model, p, part))
+  def loss_and_gradient(parameters: retro.Parameters, frozen: retro.Parameters, batch: Batch):
+    run = jax.value_and_grad(lambda p, part: summed_loss(model, {**frozen, **p}, part))
     if microbatches == 1:
       return run(parameters, batch)
 
@@ -95,17 +98,21 @@ def make_train_step(
     return jax.lax.scan(add, zero, _microbatches(batch, microbatches, mesh))[0]
 
   def step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    learning = {name: state.parameters[name] for name in names}
+    frozen = {name: leaf for name, leaf in state.parameters.items() if name not in learning}
     with placement.on(rules.activations(mesh)):
-      total, gradient = loss_and_gradient(state.parameters, batch)
+      total, gradient = loss_and_gradient(learning, frozen, batch)
     # Before anything reads it, or XLA may do that to the whole on every device.
-    gradient = jax.lax.with_sharding_constraint(gradient, placed.parameters)
+    gradient = jax.lax.with_sharding_constraint(
+        gradient, {name: placed.parameters[name] for name in names})
     targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
     loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
     updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
-        gradient, state.optimizer, state.parameters, value=loss)
-    parameters = optax.apply_updates(state.parameters, updates)
+        gradient, state.optimizer, learning, value=loss)
+    parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
-    squares = jnp.stack([_squares(tree) for tree in (gradient, updates, parameters)])
+    squares = jnp.stack([_squares(tree, sorted(parameters))
+                         for tree in (gradient, updates, parameters)])
     metrics = {
         'loss': loss,
         'bits_per_byte': loss * targets / math.log(2) / text_bytes,
@@ -120,6 +127,7 @@ def make_train_step(
     return TrainState(state.step + 1, parameters, optimizer_state), metrics
 
   placed = shardings(abstract)
+  names = [name for name in abstract.parameters if trained is None or name in trained]
   everywhere = partitioning.replicated(mesh)
   examples = partitioning.batch_sharding(mesh)
   return jax.jit(step, in_shardings=(placed, {name: examples for name in batch_inputs(model)}),
@@ -140,8 +148,10 @@ def _hash(batch: Batch) -> jax.Array:
   return total
 
 
-def _squares(tree: retro.Parameters) -> jax.Array:
-  return jnp.stack([jnp.sum(jnp.square(leaf)) for _, leaf in sorted(tree.items())])
+def _squares(tree: retro.Parameters, names: Sequence[str]) -> jax.Array:
+  """The sum of squares by name; 0 for what the tree lacks."""
+  zero = jnp.zeros((), jnp.float32)
+  return jnp.stack([jnp.sum(jnp.square(tree[name])) if name in tree else zero for name in names])
 
 
 def _microbatches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:
