@@ -134,6 +134,7 @@ def main() -> None:
   parser.add_argument('what', choices=('sizes', 'live'))
   parser.add_argument('--peer_python', default='', help="interpreter with the peer; '' for none")
   parser.add_argument('--contexts', type=int, nargs='+', default=CONTEXTS)
+  parser.add_argument('--retrieval', nargs='+', default=('off', 'on'), choices=('off', 'on'))
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--change', action='append', default=[], metavar='FIELD=VALUE',
@@ -159,10 +160,10 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   given = [SMALL, (M, K, VOCABULARY), arguments.threads]
   ours = start(sys.executable, OURS, [*given, changes], arguments.threads)
   peer = arguments.peer_python and start(arguments.peer_python, PEER, given, arguments.threads)
-  cases = [('ours', ours, context, on, TOKENS) for on in (False, True)
-           for context in arguments.contexts]
+  settings = [word == 'on' for word in arguments.retrieval]
+  cases = [('ours', ours, context, on, TOKENS) for on in settings for context in arguments.contexts]
   if peer:
-    cases += [('peer', peer, 512, on, PEER_TOKENS) for on in (False, True)]
+    cases += [('peer', peer, 512, on, PEER_TOKENS) for on in settings]
   name = lambda who, context, on: f'{who} {context} {"on" if on else "off"}'
   milliseconds: dict[str, list[float]] = {}
   for number in range(-1, arguments.rounds):
@@ -176,7 +177,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
       x / y for x, y in zip(milliseconds[a], milliseconds[b]))
   result = {'size': SMALL | changes, 'milliseconds': milliseconds,
             'median': {key: statistics.median(values) for key, values in milliseconds.items()}}
-  for on in (False, True):
+  for on in settings:
     word = 'on' if on else 'off'
     first, last = arguments.contexts[0], arguments.contexts[-1]
     result[f'{last} over {first}, {word}'] = ratio(name('ours', last, on), name('ours', first, on))
