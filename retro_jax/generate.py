@@ -1,13 +1,18 @@
 """Continue a prompt: python -m retro_jax.generate --gin_file=... [--gin.NAME=VALUE ...]."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from retro_jax import configuration
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
-from retro_jax.generation.decode import Generation, generate
+from retro_jax.evaluation.visible import colored
+from retro_jax.generation import views
+from retro_jax.generation.decode import generate
 from retro_jax.generation.live_retrieval import LiveRetriever
+from retro_jax.generation.written import Generation
+from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
 from retro_jax.retrieval.sharded_index import Index
@@ -35,6 +40,12 @@ class GenerateJob:
     top_p: samples among the likeliest tokens that hold this probability; 1 for all.
     seed: another one, another text.
     sequence_length: the most tokens the model looks at; that of training is best.
+    stop: strings before the first of which the text ends.
+    retrieval_step: neighbours are found anew after so many written tokens; 0 for each chunk.
+    left_pad: a prompt is moved right so that it ends a chunk, and the first token that is written
+      already reads its neighbours.
+    output: file to write it all to as well: .json, .html or .txt; '' for none.
+    color: 'always', 'never', or 'auto': when a person looks at it.
   """
   run_dir: str
   vocabulary: str
@@ -50,10 +61,41 @@ class GenerateJob:
   top_p: float = 0.9
   seed: int = 0
   sequence_length: int = 0
+  stop: Sequence[str] = ()
+  retrieval_step: int = 0
+  left_pad: bool = False
+  output: str = ''
+  color: str = 'auto'
+
+  def __post_init__(self):
+    if self.color not in ('auto', 'always', 'never'):
+      raise UserError(f"color is {self.color!r}; expected 'auto', 'always' or 'never'")
+    views.check_path(self.output)
 
 
 def run(job: GenerateJob) -> Generation:
   """Loads everything, continues the prompt and prints what was written and read.
+
+  Raises:
+    UserError: a part is missing, or parts that do not belong together.
+  """
+  model, parameters, vocabulary, retriever = load_parts(job)
+  result = generate(model, parameters, vocabulary, retriever, job.prompt, job.max_new_tokens,
+                    job.temperature, job.top_k, job.top_p, job.seed, job.sequence_length,
+                    job.stop, job.retrieval_step, job.left_pad)
+  print(views.terminal(result, vocabulary, colored(job.color)))
+  if job.output:
+    views.write(job.output, result, vocabulary)
+    print(f'written to {job.output}')
+  return result
+
+
+def load_parts(job: Any) -> tuple[RetroConfig, dict[str, Any], Vocabulary, LiveRetriever | None]:
+  """The model's config and parameters, its vocabulary and, if it reads neighbours, who finds them.
+
+  Args:
+    job: with `run_dir`, `vocabulary`, `retrieval`, `database`, `index`, `embedder` and
+      `num_neighbors` of `GenerateJob`.
 
   Raises:
     UserError: a part is missing, or parts that do not belong together.
@@ -65,47 +107,16 @@ def run(job: GenerateJob) -> Generation:
                     f'{job.vocabulary} is {vocabulary.fingerprint}; give the one of the training')
   retriever = None
   if job.retrieval and model.has_retrieval:
+    kind = type(job).__name__
     for name in ('database', 'index'):
       if not getattr(job, name):
-        raise UserError(f'GenerateJob.{name} is empty; name its folder or set '
-                        'GenerateJob.retrieval = False')
+        raise UserError(f'{kind}.{name} is empty; name its folder or set {kind}.retrieval = False')
     database = ChunkDatabase.open(job.database)
     retriever = LiveRetriever(database, Index.open(job.index, database),
                               job.embedder, vocabulary, job.num_neighbors or model.num_neighbors)
   elif job.retrieval:
     print(f'{job.run_dir}: a baseline, which has no layers that read neighbours')
-  result = generate(model, parameters, vocabulary, retriever, job.prompt, job.max_new_tokens,
-                    job.temperature, job.top_k, job.top_p, job.seed, job.sequence_length)
-  print(describe(result))
-  return result
-
-
-def describe(result: Generation) -> str:
-  """A generation as text for a terminal: prompt and continuation, then what was read where."""
-  ending = 'the model ended the document' if result.ended else 'cut off'
-  lines = ['prompt', _indented(result.prompt), '',
-           f'continuation ({len(result.tokens)} tokens, {ending})', _indented(result.text)]
-  if any(chunk.neighbors for chunk in result.chunks):
-    lines += ['', 'neighbours']
-  for number, chunk in enumerate(result.chunks, start=1):
-    if not chunk.neighbors:
-      continue
-    lines.append(
-        f'  chunk {number} {_first_line(chunk.text)!r} found, and chunk {number + 1} read:')
-    for neighbor in chunk.neighbors:
-      lines.append(f'    {neighbor.distance:8.3f}  {neighbor.title or neighbor.document_id}  '
-                   f'{_first_line(neighbor.text)!r}')
-  return '\n'.join(lines)
-
-
-def _indented(text: str) -> str:
-  return '\n'.join('  ' + line for line in text.split('\n'))
-
-
-def _first_line(text: str, longest: int = 60) -> str:
-  """The first line that says something, shortened."""
-  line = next((line.strip() for line in text.splitlines() if line.strip()), '')
-  return line if len(line) <= longest else line[:longest - 1] + '…'
+  return model, parameters, vocabulary, retriever
 
 
 def main() -> None:

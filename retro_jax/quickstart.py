@@ -11,11 +11,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from retro_jax import configuration, generate
+from retro_jax import configuration
 from retro_jax.data.python_corpus import PythonLibrary
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.evaluation import ablations, report, results, showcase
 from retro_jax.evaluation.ablations import EvaluationConfig
+from retro_jax.generation import views
 from retro_jax.models.config import RetroConfig
 from retro_jax.progress import duration
 from retro_jax.retrieval import pipeline, planning, stages
@@ -131,8 +132,8 @@ def quickstart(job: QuickstartJob) -> None:
                           stores['train'], vocabulary, body)
   written = showcase.sample(best, stores['test'], stores['train'], folder / 'index', job.embedder,
                             vocabulary, job.sample_tokens, job.examples.sequence_length)
-  body['sample'] = dataclasses.asdict(written)
-  print(generate.describe(written))
+  body['sample'] = views.as_json(written)
+  print(views.terminal(written, vocabulary, color=False))
   report.loss_picture(folder / 'results.png', metrics, body)
   body['seconds'] = clock.seconds()
   path = results.write(folder, job, body)

@@ -5,8 +5,6 @@ page if asked to. Which chunks, and what is said of them, is in retro_jax/evalua
 """
 
 import dataclasses
-import os
-import sys
 from typing import Any
 
 from retro_jax import configuration
@@ -15,6 +13,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluation import inspection, inspection_views
 from retro_jax.evaluation.chunk_samples import StoredChunks
 from retro_jax.evaluation.inspection import Selection
+from retro_jax.evaluation.visible import colored
 from retro_jax.generation.live_retrieval import LiveRetriever
 from retro_jax.retrieval.database import VOCABULARY, ChunkDatabase
 from retro_jax.retrieval.embedders import BertEmbedder, LexicalEmbedder, RandomEmbedder
@@ -79,7 +78,7 @@ def run(job: InspectNeighborsJob) -> None:
     chunks = inspection.inspect_stored(stored, places, job.num_neighbors, job.near_duplicate)
     facts = {'examples': job.examples, 'queries': stored.queries.folder,
              'database': database.folder, 'chosen': _chosen(job.selection)}
-  print(inspection_views.terminal(chunks, vocabulary, _colored(job.color)), end='', flush=True)
+  print(inspection_views.terminal(chunks, vocabulary, colored(job.color)), end='', flush=True)
   if job.page:
     inspection_views.page(job.page, chunks, vocabulary, facts)
     print(f'page: {job.page}')
@@ -94,13 +93,6 @@ def _chosen(selection: Selection) -> str:
     return f'at random, seed {selection.seed}'
   return (f'the {selection.choose} overlapping of a sample of {selection.sample:,}, '
           f'seed {selection.seed}')
-
-
-def _colored(color: str) -> bool:
-  """Whether to colour; no_color.org is honoured."""
-  if color != 'auto':
-    return color == 'always'
-  return sys.stdout.isatty() and not os.environ.get('NO_COLOR')
 
 
 if __name__ == '__main__':

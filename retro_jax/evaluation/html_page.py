@@ -128,6 +128,8 @@ article { margin: 1rem 0 2rem; padding: .8rem; background: #f6f7f8; border-radiu
 mark { background: #ffdf80; color: inherit; border-bottom: 1px solid #b07800; }
 mark.asked { background: #cfe6f7; border-color: #0072b2; }
 mark.both { background: #cdeccf; border-color: #2b7a34; }
+mark.prompt { background: none; color: #666; border: 0; }
+mark.prompt.next { background: #ffdf80; }
 mark.begins { background: none; border-bottom: 2px solid #555; }
 mark.asked.begins, mark.next.begins, mark.both.begins { border-bottom: 2px solid; }
 mark.asked.begins { background: #cfe6f7; } mark.next.begins { background: #ffdf80; }

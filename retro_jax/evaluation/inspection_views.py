@@ -24,7 +24,7 @@ from retro_jax.evaluation.inspection import (
 from retro_jax.evaluation.visible import visible
 
 # Select Graphic Rendition (ECMA-48): colours of the background with black on them, underlined.
-_STYLES = {'asked': '30;46', 'next': '30;43', 'both': '30;42', 'begins': '4'}
+_STYLES = {'asked': '30;46', 'next': '30;43', 'both': '30;42', 'begins': '4', 'prompt': '2'}
 _TITLE = 'Chunks and the neighbours they retrieved'
 
 
@@ -36,38 +36,39 @@ def terminal(chunks: Sequence[InspectedChunk], vocabulary: Vocabulary, color: bo
     vocabulary: of their tokens.
     color: whether what was copied is coloured; otherwise it stands on lines of its own.
   """
-  paint = _paint if color else lambda line, styles: line
+  painted = paint if color else lambda line, styles: line
   lines = []
   if color:
     lines.append('colours: ' + ', '.join((
-        _paint('common with the chunk', ('asked',)), _paint('with the next chunk', ('next',)),
-        _paint('with both', ('both',)), _paint('begins alike', ('begins',)))))
+        painted('common with the chunk', ('asked',)), painted('with the next chunk', ('next',)),
+        painted('with both', ('both',)), painted('begins alike', ('begins',)))))
   for chunk in chunks:
     kinds, following_kinds = kinds_of_chunks(chunk)
-    lines += ['', paint(visible(f'== {_heading(chunk)}'), ('bold',)),
-              'chunk, which asked:', _body(chunk.tokens, kinds, vocabulary, paint),
+    lines += ['', painted(visible(f'== {_heading(chunk)}'), ('bold',)),
+              'chunk, which asked:', body(chunk.tokens, kinds, vocabulary, painted),
               'next chunk, which reads the neighbours:',
-              _body(chunk.following, following_kinds, vocabulary, paint)]
+              body(chunk.following, following_kinds, vocabulary, painted)]
     for neighbor in chunk.neighbors:
       m = len(chunk.tokens)
       kinds = kinds_of_neighbor(neighbor)
-      lines += [paint(visible(f'-- {_neighbor_heading(neighbor)}'), ('bold',)),
+      lines += [painted(visible(f'-- {_neighbor_heading(neighbor)}'), ('bold',)),
                 f'common with the chunk: {_shared(neighbor.asked, m)}; with the next chunk: '
                 f'{_shared(neighbor.next, m)}']
       if not color:
         lines += _quoted(neighbor, vocabulary)
-      lines += ['N:', _body(neighbor.tokens[:m], kinds[:m], vocabulary, paint),
+      lines += ['N:', body(neighbor.tokens[:m], kinds[:m], vocabulary, painted),
                 'F, its continuation:',
-                _body(neighbor.tokens[m:], kinds[m:], vocabulary, paint)]
+                body(neighbor.tokens[m:], kinds[m:], vocabulary, painted)]
   return '\n'.join(lines).lstrip('\n') + '\n'
 
 
-def _paint(line: str, styles: Sequence[str]) -> str:
+def paint(line: str, styles: Sequence[str]) -> str:
+  """The line in a terminal's colours."""
   codes = ';'.join(_STYLES.get(style, '1') for style in styles)
   return f'\x1b[{codes}m{line}\x1b[0m'
 
 
-def _body(tokens: np.ndarray, kinds: np.ndarray, vocabulary: Vocabulary, paint: Any) -> str:
+def body(tokens: np.ndarray, kinds: np.ndarray, vocabulary: Vocabulary, paint: Any) -> str:
   """Text of tokens, indented; each line is coloured for itself, so that the margin is not."""
   pieces = []
   for part, kind in html_page.marked(tokens, kinds, vocabulary):

@@ -15,8 +15,9 @@ import numpy as np
 from retro_jax.data import batches, records
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.evaluation import report_page
-from retro_jax.generation.decode import Generation, generate
+from retro_jax.generation.decode import generate
 from retro_jax.generation.live_retrieval import LiveRetriever
+from retro_jax.generation.written import Generation
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.sharded_index import Index
 from retro_jax.training import step

@@ -5,6 +5,8 @@ writing, or NUL. Nothing of the kind reaches a terminal or a page: every text of
 goes through `visible`. What HTML means by '<' is html_page.py's business.
 """
 
+import os
+import sys
 import unicodedata
 
 # Line ends and tabs stay: they lay text out and do nothing else.
@@ -36,3 +38,13 @@ _SIGNS = _signs()
 def visible(value: object) -> str:
   """`str(value)` in which nothing acts: controls are shown, as pictures or as '\\u202e'."""
   return str(value).translate(_SIGNS)
+
+
+def colored(color: str = 'auto') -> bool:
+  """Whether to colour what is printed: 'always', 'never', or 'auto', where a terminal shows it.
+
+  NO_COLOR (no_color.org) is honoured.
+  """
+  if color != 'auto':
+    return color == 'always'
+  return sys.stdout.isatty() and not os.environ.get('NO_COLOR')

@@ -1,20 +1,31 @@
 """Neighbours of a chunk that has just been written: embed, search, continue (paper section 2).
 
-The same three steps as offline (retrieval/pipeline.py), for one chunk at a time. When a
-chunk is complete and what the model does with its neighbours is decided in decode.py.
+The same three steps as offline (retrieval/pipeline.py), for the chunks of several texts at a
+time. When a chunk is complete and what the model does with its neighbours is decided in engine.py.
 """
 
+import contextlib
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
+from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import Embedder
 from retro_jax.retrieval.search import nearest_visible
 from retro_jax.retrieval.sharded_index import Index
+
+# Given the name of a part of the work, the context to do it in; to take its time.
+Watch = Callable[[str], contextlib.AbstractContextManager]
+
+
+def _unwatched(part: str) -> contextlib.AbstractContextManager:
+  del part
+  return contextlib.nullcontext()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,30 +85,51 @@ class LiveRetriever:
     self.vocabulary_fingerprint = vocabulary.fingerprint
     self._index, self._embedder, self._vocabulary = index, embedder, vocabulary
 
+  def check_fit(self, config: RetroConfig) -> None:
+    """Refuses, with a `UserError`, a model that cannot read what is found here."""
+    folder = self.database.folder
+    if not config.has_retrieval:
+      raise UserError('the model has no layers that read neighbours (a baseline); '
+                      'turn retrieval off or give a RETRO model')
+    if self.chunk_length != config.chunk_length:
+      raise UserError(f'{folder} holds chunks of {self.chunk_length} tokens, but the model '
+                      f'works with {config.chunk_length}; use a database of that chunk length')
+    if config.retrieved_length != 2 * config.chunk_length:
+      raise UserError(f'the model reads {config.retrieved_length} tokens of each neighbour, but '
+                      f'{folder} gives {2 * config.chunk_length} (chunk and continuation); '
+                      'use a model with retrieved_length = 2 chunk_length')
+
   def neighbors(self, chunk_tokens: np.ndarray) -> FoundNeighbors:
-    """The k nearest chunks of the database, with their continuations.
+    """`neighbors_of` one chunk [m]."""
+    return self.neighbors_of(np.asarray(chunk_tokens)[None])[0]
+
+  def neighbors_of(self, chunks: np.ndarray, watch: Watch = _unwatched) -> list[FoundNeighbors]:
+    """The k nearest chunks of the database to each of several, with their continuations.
 
     Only removed documents are filtered: text that is being written belongs to no document yet.
 
     Args:
-      chunk_tokens: int [m], a complete chunk.
+      chunks: int [q, m]; padding, before or after the tokens, stands for no text.
+      watch: makes a context for each of the parts 'embed', 'search' and 'neighbour tokens'.
 
     Raises:
-      UserError: the chunk has another length than those of the database.
+      UserError: the chunks have another length than those of the database.
     """
-    chunk_tokens = np.asarray(chunk_tokens)
-    if chunk_tokens.shape != (self.chunk_length,):
-      raise UserError(f'a chunk of shape {list(chunk_tokens.shape)} was asked for neighbours, but '
+    chunks = np.asarray(chunks)
+    if chunks.shape[1:] != (self.chunk_length,):
+      raise UserError(f'a chunk of shape {list(chunks.shape[1:])} was asked for neighbours, but '
                       f'{self.database.folder} holds chunks of {self.chunk_length} tokens; '
                       'use a model of that chunk length')
-    text = self._vocabulary.decode(chunk_tokens.tolist())
-    query = [text]
-    if self._index.method != 'bm25':
-      # Rounded as stored vectors are, so that a chunk of the database is at distance 0 of itself.
-      query = self._embedder.embed(query).astype('<f2').astype(np.float32)
-    ids, distances = (found[0] for found in nearest_visible(
-        self._index, query, self.num_neighbors))
-    return FoundNeighbors(ids, distances, *self.database.with_continuation(ids))
+    with watch('embed'):
+      query = [self._vocabulary.decode(row) for row in chunks.tolist()]
+      if self._index.method != 'bm25':
+        # Rounded as stored vectors are: a chunk of the database is at distance 0 of itself.
+        query = self._embedder.embed(query).astype('<f2').astype(np.float32)
+    with watch('search'):
+      ids, distances = nearest_visible(self._index, query, self.num_neighbors)
+    with watch('neighbour tokens'):
+      return [FoundNeighbors(*row, *self.database.with_continuation(row[0]))
+              for row in zip(ids, distances)]
 
 
 def _kind(described: dict[str, Any] | None) -> str:

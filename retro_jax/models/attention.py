@@ -18,13 +18,15 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.models import attention_kernels
+from retro_jax.models.attention_kernels import Part
 from retro_jax.models.layers import parameter
 from retro_jax.models.placement import place
-from retro_jax.models.positions import distances, rotate, sinusoid
+from retro_jax.models.positions import distances, rotate, rotation, sinusoid, turned
 
 Array = jax.Array
 
@@ -113,17 +115,65 @@ class Attention(nnx.Module):
     mixed = attention_kernels.causal(q, k, v, segments, by_distance, kernel, block)
     return self._read_out(mixed)
 
+  def distance_keys(self, distance: np.ndarray, dtype) -> Array:
+    """R sinusoid(distance) of relative positions: [distances, h, c]."""
+    vectors = jnp.asarray(sinusoid(distance, self.query_dim), dtype)
+    return jnp.einsum('td,dhc->thc', vectors, self.relative[...].astype(dtype))
+
+  def keys_and_values(self, context: Array, places: Array, limit: int) -> tuple[Array, Array]:
+    """What `read` reads of rows at `places` [..., s] < limit: each [..., s, kv heads, c]."""
+    keys = self._heads(context, 'key')
+    if self.positions == 'rotary':
+      keys = self._turned(keys, places, 0, limit)
+    return keys, self._heads(context, 'value')
+
+  def read(self, x: Array, places: Array, parts: Sequence[Part], of_distance: Array | None,
+           offset: int, limit: int) -> Array:
+    """Attends to keys and values made before, by `keys_and_values`: the cached form.
+
+    Args:
+      x: [b, q, query_dim].
+      places: int32 [b, q], of the queries; query i sees key j at distance i - j + offset.
+      parts: of what is read.
+      of_distance: with relative positions `distance_keys` of limit - 1 + offset and down, as far
+        as distances can occur.
+      offset: see `places`.
+      limit: places are less than that.
+
+    Returns:
+      [b, q, query_dim]; 0 where every part is masked.
+    """
+    q = self._heads(x, 'query')
+    scale, by_key = q.shape[-1] ** -0.5, None
+    if self.relative_positions:
+      q, position = self._biased(q, scale)
+      index = jnp.concatenate([
+          limit - 1 - places[:, :, None] + part.places[:, None, :] for part in parts], -1)
+      index = jnp.clip(index, 0, of_distance.shape[0] - 1)
+      by_key = attention_kernels.logits_by_key(position, of_distance, index)
+    else:
+      if self.positions == 'rotary':
+        q = self._turned(q, places, offset, limit)
+      q = q * jnp.asarray(scale, q.dtype)
+    return self._read_out(attention_kernels.over_parts(q, parts, by_key))
+
+  def _turned(self, x: Array, places: Array, offset: int, limit: int) -> Array:
+    """Rotary positions of rows at places + offset."""
+    table = rotation(offset + np.arange(limit), x.shape[-1], *self.rotary)
+    return turned(x, *(part[places] for part in table))
+
   def _project(self, x: Array, context: Array) -> tuple[Array, Array, Array]:
     """Queries [..., q, h, c], keys and values [..., s, kv heads, c]."""
-    def project(y: Array, name: str, axis: str) -> Array:
-      kernel = getattr(self, name)[...].astype(y.dtype)
-      projected = jnp.einsum('...d,dhc->...hc', y, kernel)
-      if self.has_qkv_bias:
-        projected += getattr(self, f'{name}_bias')[...].astype(y.dtype)
-      return checkpoint_name(place(projected, axis, -2), name)
+    return self._heads(x, 'query'), self._heads(context, 'key'), self._heads(context, 'value')
 
-    return (project(x, 'query', 'heads'), project(context, 'key', self.kv_axis),
-            project(context, 'value', self.kv_axis))
+  def _heads(self, y: Array, name: str) -> Array:
+    """One of the three projections."""
+    kernel = getattr(self, name)[...].astype(y.dtype)
+    projected = jnp.einsum('...d,dhc->...hc', y, kernel)
+    if self.has_qkv_bias:
+      projected += getattr(self, f'{name}_bias')[...].astype(y.dtype)
+    axis = 'heads' if name == 'query' else self.kv_axis
+    return checkpoint_name(place(projected, axis, -2), name)
 
   def _repeated(self, x: Array) -> Array:
     """Keys or values [..., s, kv heads, c], each head for the queries that share it."""
@@ -141,11 +191,14 @@ class Attention(nnx.Module):
       by_group = k.reshape(*k.shape[:-3], key_groups, columns, *k.shape[-2:])
       return (rotate(q, offset, *self.rotary) * jnp.asarray(scale, dtype),
               rotate(by_group, 0, *self.rotary).reshape(k.shape), None)
-    content = (q + self.content_bias[...].astype(dtype)) * scale
-    position = (q + self.position_bias[...].astype(dtype)) * scale
-    vectors = sinusoid(distances(rows, columns, offset, causal), self.query_dim)
-    p = jnp.einsum('td,dhc->thc', jnp.asarray(vectors, dtype), self.relative[...].astype(dtype))
+    content, position = self._biased(q, scale)
+    p = self.distance_keys(distances(rows, columns, offset, causal), dtype)
     return content, k, (position, p)
+
+  def _biased(self, q: Array, scale: float) -> tuple[Array, Array]:
+    """Queries for keys and for distances."""
+    return ((q + self.content_bias[...].astype(q.dtype)) * scale,
+            (q + self.position_bias[...].astype(q.dtype)) * scale)
 
   def _read_out(self, mixed: Array) -> Array:
     mixed = checkpoint_name(mixed, 'mixed')

@@ -14,6 +14,8 @@ Logits and softmax are float32 whatever the dtype of the heads.
 
 import functools
 import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +95,61 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     mixed.append(masked(q[:, first:last], k[:, :last], v[:, :last],
                         _causal_mask(segments, first, last), near))
   return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+class Part(NamedTuple):
+  """Some of the keys and values that cached attention reads.
+
+  Attributes:
+    keys, values: [b, s, kv heads, c].
+    mask: bool [b, q, s], who may read which.
+    places: int32 [b, s] or [1, s], of the keys, for relative positions.
+  """
+  keys: Array
+  values: Array
+  mask: Array
+  places: Array
+
+
+def over_parts(q: Array, parts: Sequence[Part], by_key: Array | None) -> Array:
+  """Attention with one softmax over all parts; keys and values are not repeated for the heads.
+
+  Args:
+    q: [b, q, h, c], scaled.
+    parts: of what is read.
+    by_key: float32 [b, h, q, all s], logits to add, or None.
+
+  Returns:
+    [b, q, h, c]; 0 in rows without True in any mask.
+  """
+  b, rows, heads, width = q.shape
+  groups = parts[0].keys.shape[-2]
+  grouped = q.reshape(b, rows, groups, heads // groups, width)
+  logits = jnp.concatenate([
+      jnp.einsum('bqgjc,bsgc->bgjqs', grouped, part.keys, preferred_element_type=jnp.float32)
+      for part in parts], -1)
+  if by_key is not None:
+    logits += by_key.reshape(logits.shape)
+  mask = jnp.concatenate([part.mask for part in parts], -1)
+  weights = masked_softmax(logits, mask[:, None, None]).astype(q.dtype)
+  mixed, first = 0, 0
+  for part in parts:
+    last = first + part.keys.shape[1]
+    mixed += jnp.einsum('bgjqs,bsgc->bqgjc', weights[..., first:last], part.values)
+    first = last
+  return mixed.reshape(q.shape)
+
+
+def logits_by_key(position: Array, p: Array, index: Array) -> Array:
+  """Logits of relative positions where queries and keys lie anywhere: float32 [b, h, q, s].
+
+  Args:
+    position: [b, q, h, c], scaled queries.
+    p: [distances, h, c].
+    index: int32 [b, q, s], of each pair's distance in `p`.
+  """
+  of_distance = jnp.einsum('bqhc,thc->bhqt', position, p, preferred_element_type=jnp.float32)
+  return jnp.take_along_axis(of_distance, index[:, None], axis=-1)
 
 
 def masked_softmax(logits: Array, mask: Array) -> Array:

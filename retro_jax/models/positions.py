@@ -67,13 +67,24 @@ def rotate(x: Array, first: int = 0, base: float = 10_000.0, scaling: Sequence[f
     base: of the wavelengths.
     scaling: of the frequencies, see `scaled_frequencies`; () for none.
   """
-  rows, width = x.shape[-3], x.shape[-1]
+  places = first + np.arange(x.shape[-3])
+  return turned(x, *rotation(places, x.shape[-1], base, scaling))
+
+
+def rotation(places: np.ndarray, width: int, base: float = 10_000.0,
+             scaling: Sequence[float] = ()) -> tuple[Array, Array]:
+  """Sines and cosines of heads of `width` at places [p]: float32 [p, 1, width/2] each."""
   frequency = scaled_frequencies(base ** (-np.arange(0, width, 2) / width), scaling)
-  angle = (first + np.arange(rows))[:, None, None] * frequency  # [rows, 1, c/2]
+  angle = places[:, None, None] * frequency
   sine, cosine = (jnp.asarray(f(angle), jnp.float32) for f in (np.sin, np.cos))
+  return sine, cosine
+
+
+def turned(x: Array, sine: Array, cosine: Array) -> Array:
+  """x [..., rows, heads, c], row by row turned by `rotation` [..., rows, 1, c/2]."""
   one, two = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-  turned = jnp.concatenate([one * cosine - two * sine, two * cosine + one * sine], axis=-1)
-  return turned.astype(x.dtype)
+  both = jnp.concatenate([one * cosine - two * sine, two * cosine + one * sine], axis=-1)
+  return both.astype(x.dtype)
 
 
 def scaled_frequencies(frequency: np.ndarray, scaling: Sequence[float]) -> np.ndarray:

@@ -96,6 +96,12 @@ class Retro(nnx.Module):
     return cross_entropy.summed_loss(hidden, self._reader.table[...], self._row(targets), weights,
                                      self.config.loss_block)
 
+  def encode(self, retrieval: Retrieval, h: Array, h_mask: Array) -> Array:
+    """E [b, l, k, r, d'] of chunks whose H is h [b, l, m, d], where h_mask [b, l, m]."""
+    table = self.encoder_embedding or self.embedding
+    embedded = place(table(retrieval.tokens, self.config.compute_dtype))
+    return self.encoder(embedded, retrieval.mask, h, h_mask)
+
   def hidden(self, tokens: Array, segments: Array, retrieval: Retrieval | None) -> Array:
     """As `__call__`, but the activations [b, n, d] that READ would be applied to."""
     b, n = tokens.shape
@@ -117,9 +123,7 @@ class Retro(nnx.Module):
       if retrieval is None:
         return None
       by_chunk = lambda x: x.reshape(b, n // m, m, *x.shape[2:])
-      table = self.encoder_embedding or self.embedding
-      encoded = self.encoder(place(table(retrieval.tokens, dtype)), retrieval.mask, by_chunk(h),
-                             by_chunk(segments != 0))
+      encoded = self.encode(retrieval, by_chunk(h), by_chunk(segments != 0))
       return encoded, attending_mask(segments, retrieval.mask, m)
 
     return self.decoder(place(embedded), segments, encode)
