@@ -72,7 +72,8 @@ def attending_mask(segments: Array, neighbor_mask: Array, m: int) -> Array:
     bool [b, l, m, k, r]: a chunk's neighbours serve the next chunk only inside the
     document they were retrieved for.
   """
-  owner = segments[:, ::m]  # a chunk holds one document, whose tokens come first
+  # A chunk holds one document; padding comes after its tokens, or before those of a prompt.
+  owner = segments.reshape(len(segments), -1, m).max(-1)
   asking = _to_attending_chunks(segments, m)  # [b, l, m]
   allowed = (asking == owner[..., None]) & (owner[..., None] != 0)
   return allowed[..., None, None] & neighbor_mask[:, :, None]
