@@ -125,7 +125,7 @@ class Layout:
     passages = [passage for some in found for passage in some]
     texts = list(dict.fromkeys([
         *(_word(question.text) for question in questions), *map(_word, answers),
-        *map(_title, passages), *(passage.text.strip() for passage in passages)]))
+        *map(_title, passages), *(_word(passage.text) for passage in passages)]))
     self._encoded = dict(zip(texts, self._vocabulary.encode_batch(texts)))
 
   def _encode(self, text: str) -> list[int]:
@@ -153,7 +153,7 @@ class Layout:
       if len(rows) >= most:
         break
       title = self._encode(_title(passage))[:r // 2]
-      body, room = self._encode(passage.text.strip()), r - len(title)
+      body, room = self._encode(_word(passage.text)), r - len(title)
       pieces = [body[i:i + room] for i in range(0, len(body), room)] or [[]]
       if not self._config.split_passages:
         self.counts['passages_cut'] += len(pieces) > 1
@@ -172,7 +172,7 @@ def _word(text: str) -> str:
 
 
 def _title(passage: Passage) -> str:
-  return f'title: {passage.title}, source: '
+  return f'title: {passage.title}, source:'
 
 
 def build(
