@@ -72,13 +72,13 @@ class QuestionFiles:
     """
     there = False
     for file in find_files(self.pattern):
-      for place, record in _records(file):
+      for number, record in _records(file):
         try:
-          for question in _of_record(record, place):
+          for question in _of_record(record, f'{file.name}:{number}'):
             there = True
             yield question
         except BadRecord as error:
-          raise UserError(f'{place}: {error}') from None
+          raise UserError(f'{files.shown(file.path)}:{number}: {error}') from None
     if not there:
       raise UserError(f'{files.shown(self.pattern)}: not one question in it; check the file')
 
@@ -88,6 +88,7 @@ class QuestionFiles:
 
 
 def _of_record(record: dict[str, Any], place: str) -> Iterator[Question]:
+  """Its questions; those without an id are named after their place."""
   if 'data' in record:
     for article in _objects(record, 'data'):
       for number, paragraph in enumerate(_objects(article, 'paragraphs'), start=1):
@@ -127,23 +128,22 @@ def _of_question(record: dict[str, Any], place: str) -> Question:
 
 
 def _records(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
-  """(place, object) of every line, or of the one value that the file is."""
-  shown = files.shown(file.path)
+  """(line, object) of every line, or ('record 1', object) and so on of the one value it is."""
   for number, line in enumerate(file.lines(), start=1):
     text = line.decode('utf-8', 'replace').strip()
     if number == 1 and text in ('[', '{') or text.startswith('['):
-      yield from _whole(file, shown)
+      yield from _whole(file)
       return
     if text:
-      place = f'{shown}:{number}'
       try:
-        yield place, json_records.parse(text)
+        yield str(number), json_records.parse(text)
       except BadRecord as error:
-        raise UserError(f'{place}: {error}') from None
+        raise UserError(f'{files.shown(file.path)}:{number}: {error}') from None
 
 
-def _whole(file: InputFile, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _whole(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
   """The objects of a file that is one JSON value over several lines, or a list."""
+  shown = files.shown(file.path)
   try:
     value = json.loads(file.read())
   except (ValueError, RecursionError) as error:
@@ -152,7 +152,7 @@ def _whole(file: InputFile, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
   for number, record in enumerate(value if isinstance(value, list) else [value], start=1):
     if not isinstance(record, dict):
       raise UserError(f'{shown}: record {number} is no JSON object; expected one a question')
-    yield f'{shown}:record {number}', record
+    yield f'record {number}', record
 
 
 def _objects(record: dict[str, Any], field: str) -> list[dict[str, Any]]:
