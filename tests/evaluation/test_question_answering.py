@@ -124,7 +124,8 @@ def test_what_does_not_fit_is_one_line(world, monkeypatch, capsys, more, words):
 def test_greedy_answers_equal_one_question_at_a_time(with_passages):
   """Against whole forward passes of single questions; ids that stand for nothing never come."""
   config = tiny_models.tiny(num_layers=2, cca_layers=(1,), encoder_layers=1, vocab_size=40)
-  parameters = tiny_models.parameters(config, 5)
+  parameters = tiny_models.parameters(config, 7)
+  parameters['embedding.table'][2] *= 2.5  # so that [eos] comes now and then
   m, n, known = config.chunk_length, 12, 24
   batch = tiny_models.batch(config, np.random.default_rng(1), size=5, chunks=1, documents=False)
   batch = tiny_models.pad_left(batch, [0, 1, 2, 3, 1])
@@ -132,8 +133,10 @@ def test_greedy_answers_equal_one_question_at_a_time(with_passages):
   questions[:, -1] = np.maximum(questions[:, -1], 4)
   answerer = answering.Answerer(config, parameters, known, one_device(), 4, n)
   got = answerer(questions, passages if with_passages else None)
+  lengths = set()
   assert got.shape == (5, n - m) and got.max() < known and not np.isin(got, [1, 2, 3]).any()
-  call = jax.jit(lambda tokens, found: retro.apply(config, parameters, tokens, tokens != 0, found))
+  call = jax.jit(lambda p, tokens, found: retro.apply(
+      config, p, tokens, (tokens != 0).astype(np.int32), found))
   for row in range(5):
     tokens = np.zeros((1, n), np.int32)
     tokens[0, :m] = questions[row]
@@ -141,7 +144,8 @@ def test_greedy_answers_equal_one_question_at_a_time(with_passages):
     read[0, 0] = passages[row]
     expected = []
     for position in range(m, n):
-      logits = np.array(call(tokens, retro.Retrieval(read, read != 0) if with_passages else None))
+      found = retro.Retrieval(read, read != 0) if with_passages else None
+      logits = np.array(call(parameters, tokens, found))
       logits[..., [0, 1, 3]] = logits[..., known:] = -np.inf
       token = int(logits[0, position - 1].argmax())
       if token == 2:
@@ -149,6 +153,8 @@ def test_greedy_answers_equal_one_question_at_a_time(with_passages):
       expected.append(token)
       tokens[0, position] = token
     assert got[row].tolist() == expected + [0] * (n - m - len(expected))
+    lengths.add(len(expected))
+  assert len(lengths) > 1
 
 
 @given(seed=st.integers(0, 10**6), count=st.integers(4, 40), kinds=st.integers(4, 12))
