@@ -163,7 +163,7 @@ def chunked_cross_attention(
   for pos in range(m, len(h) + 1):
     u = pos // m
     i = pos - u * m + 1
-    owner = documents[(u - 1) * m]
+    owner = max(documents[(u - 1) * m:u * m])  # padding may stand before and after its tokens
     if owner == 0 or documents[pos - 1] != owner:
       continue
     # One softmax over all neighbours: key number (j - 1) r + i' of the k r keys.

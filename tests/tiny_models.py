@@ -1,7 +1,7 @@
 """Tiny models with every parameter random, and sequences with documents, padding and neighbours."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +60,14 @@ class Batch:
 
   def copy(self) -> 'Batch':
     return Batch(*(value.copy() for value in dataclasses.astuple(self)))
+
+
+def pad_left(batch: Batch, lengths: Sequence[int]) -> Batch:
+  """A copy in which so many tokens at the beginning of each sequence are padding."""
+  changed = batch.copy()
+  for row, length in enumerate(lengths):
+    changed.tokens[row, :length] = changed.segments[row, :length] = 0
+  return changed
 
 
 def batch(config: RetroConfig, rng: np.random.Generator, *, size: int = 2, chunks: int = 4,

@@ -40,10 +40,16 @@ class ArraySpec:
 
 
 def example_specs(
-    sequence_length: int, chunk_length: int, token_dtype: str) -> dict[str, ArraySpec]:
-  """Features of the records of `examples.tfrecord`: n tokens in l chunks."""
+    sequence_length: int, chunk_length: int, token_dtype: str, scored: bool = False
+) -> dict[str, ArraySpec]:
+  """Features of the records of `examples.tfrecord`: n tokens in l chunks.
+
+  With `scored`, also which tokens of the text are there to be predicted: 1 at each position whose
+  next token is. Without it, all are.
+  """
   l = sequence_length // chunk_length
-  return {
+  more = {'scored': ArraySpec('|u1', (sequence_length,))} if scored else {}
+  return more | {
       'chunk_ids': ArraySpec('<i8', (l,)),
       'documents': ArraySpec('<i4', (l,)),
       'next_token': ArraySpec(token_dtype, (1,)),
@@ -173,12 +179,13 @@ def shard_path(folder: str | os.PathLike, name: str, shard: int) -> Path:
 
 @dataclasses.dataclass(frozen=True)
 class ExampleShape:
-  """The numbers that a set of records has in common; they stand in its manifest."""
+  """What a set of records has in common; it stands in its manifest."""
 
   sequence_length: int
   chunk_length: int
   num_neighbors: int
   token_dtype: str
+  scored: bool = False
 
   @property
   def num_chunks(self) -> int:
@@ -191,8 +198,8 @@ class ExampleShape:
   def layouts(self) -> dict[str, RecordLayout]:
     """Layout of each of the two sets."""
     return {
-        EXAMPLES: RecordLayout(
-            example_specs(self.sequence_length, self.chunk_length, self.token_dtype)),
+        EXAMPLES: RecordLayout(example_specs(
+            self.sequence_length, self.chunk_length, self.token_dtype, self.scored)),
         NEIGHBORS: RecordLayout(neighbor_specs(
             self.num_chunks, self.num_neighbors, self.retrieved_length, self.token_dtype)),
     }
@@ -251,8 +258,9 @@ class Examples:
     if self.manifest['format_version'] != FORMAT_VERSION:
       raise UserError(f'{folder}: format version {self.manifest["format_version"]}, '
                       f'expected {FORMAT_VERSION}; rebuild the examples')
-    self.shape = ExampleShape(**{field.name: self.manifest[field.name]
-                                 for field in dataclasses.fields(ExampleShape)})
+    self.shape = ExampleShape(**{
+        field.name: self.manifest[field.name] for field in dataclasses.fields(ExampleShape)
+        if field.name in self.manifest})
     self.fingerprint: str = self.manifest['content']
     self.num_examples: int = self.manifest['num_examples']
     self.examples_per_shard: int = self.manifest['examples_per_shard']

@@ -19,10 +19,10 @@ from retro_jax.errors import UserError, nearest
 # dtype and rank of what `Examples.read` yields, as seqio and TensorFlow shall see it.
 _TYPES = {
     'tokens': tf.int32, 'next_token': tf.int32, 'documents': tf.int32, 'text_bytes': tf.int32,
-    'chunk_ids': tf.int64, 'neighbor_ids': tf.int64, 'neighbor_distances': tf.float32,
-    'neighbor_tokens': tf.int32}
-_RAW_TYPES = {'<u2': tf.uint16, '<u4': tf.uint32, '<i4': tf.int32, '<i8': tf.int64,
-              '<f4': tf.float32}
+    'scored': tf.int32, 'chunk_ids': tf.int64, 'neighbor_ids': tf.int64,
+    'neighbor_distances': tf.float32, 'neighbor_tokens': tf.int32}
+_RAW_TYPES = {'|u1': tf.uint8, '<u2': tf.uint16, '<u4': tf.uint32, '<i4': tf.int32,
+              '<i8': tf.int64, '<f4': tf.float32}
 
 
 class RetrievalExamplesSource(seqio.DataSource):
@@ -133,6 +133,8 @@ class AddTargets:
     of_token = tf.repeat(documents, tokens.shape[0] // documents.shape[0])
     following = tf.concat([tokens[1:], features.pop('next_token')], 0)
     same = tf.concat([of_token[1:] == of_token[:-1], [True]], 0)
+    if 'scored' in features:
+      same &= features.pop('scored') != 0
     features['targets'] = tf.where(same, following, 0)
     del features['neighbor_distances']
     for name in ('neighbor_ids', 'neighbor_tokens'):

@@ -45,8 +45,12 @@ class Documents:
       max_examples: take only the documents that begin in the first so many sequences; 0: all.
 
     Raises:
-      UserError: a damaged record, a document in two places or with chunks missing.
+      UserError: a damaged record, a document in two places or with chunks missing, or questions,
+        of which only the answers count.
     """
+    if examples.shape.scored:
+      raise UserError(f'{examples.folder}: holds questions, whose answers are what is scored; '
+                      'use python -m retro_jax.answer')
     self.examples = examples
     columns: dict[str, list[np.ndarray]] = {
         'documents': [], 'chunk_ids': [], 'text_bytes': [], 'real': []}

@@ -33,8 +33,8 @@ class Score:
 
   def interval(self, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval of bits-per-byte over documents."""
-    return _bootstrap(lambda i: self.bits[i].sum() / max(self.text_bytes[i].sum(), 1),
-                      len(self.bits), seed)
+    return bootstrap(lambda i: self.bits[i].sum() / max(self.text_bytes[i].sum(), 1),
+                     len(self.bits), seed)
 
   def of(self, ordinals: Sequence[int]) -> 'Score':
     """The part that belongs to these documents."""
@@ -44,8 +44,8 @@ class Score:
 
 def gain_interval(better: Score, worse: Score, seed: int = 0) -> tuple[float, float]:
   """95 % paired bootstrap interval of 1 - better / worse, both on the same documents."""
-  return _bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits),
-                    seed)
+  return bootstrap(lambda i: 1 - better.bits[i].sum() / worse.bits[i].sum(), len(better.bits),
+                   seed)
 
 
 def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str, jax.Array]],
@@ -74,8 +74,9 @@ def score(evaluation_step: Callable[[Any, Mapping[str, jax.Array]], Mapping[str,
   return Score(ordinals, by_document('bits'), by_document('text_bytes'), by_document('tokens'))
 
 
-def _bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int
-               ) -> tuple[float, float]:
+def bootstrap(statistic: Callable[[np.ndarray], float], size: int, seed: int
+              ) -> tuple[float, float]:
+  """95 % interval of a statistic of the indices of `size` things, drawn with replacement."""
   rng = np.random.default_rng(seed)
   values = [statistic(rng.integers(0, size, size)) for _ in range(_RESAMPLES)]
   low, high = np.percentile(values, [2.5, 97.5])

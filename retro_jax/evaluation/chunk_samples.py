@@ -64,6 +64,9 @@ class StoredChunks:
       UserError: something is missing, or a store is not the one the examples were made from.
     """
     self.examples = records.Examples(examples)
+    if self.examples.shape.scored:
+      raise UserError(f'{examples}: holds questions, which are no chunks of a store; '
+                      'python -m retro_jax.answer writes a page of them')
     self.queries = _store(self.examples, 'queries', queries)
     self.database = _store(self.examples, 'database', database)
     self.chunks_per_example = self.examples.shape.num_chunks

@@ -101,6 +101,22 @@ def test_masked_content_has_no_influence(seed):
                                 run(config, batch, h, changed))
 
 
+def test_who_may_read_where_padding_stands_before_or_after_the_tokens():
+  m, chunks, rng = 4, 3, np.random.default_rng(0)
+  order = np.arange(m)
+  shape = 2, 60, chunks, 1
+  before, after = rng.integers(0, m + 1, shape) * (rng.random(shape) < 0.5)
+  segments = np.where((before <= order) & (order < m - after), rng.integers(1, 3, before.shape), 0)
+  owners, segments = segments.max(-1), segments.reshape(60, -1)
+  neighbor_mask = rng.random((60, chunks, 2, 5)) < 0.7
+  mask = np.asarray(cca_lib.attending_mask(segments, neighbor_mask, m))
+  for b, u, i in np.ndindex(60, chunks, m):
+    place = (u + 1) * m - 1 + i
+    asks = segments[b, place] if place < chunks * m else 0
+    expected = neighbor_mask[b, u] & (asks != 0 and asks == owners[b, u])
+    np.testing.assert_array_equal(mask[b, u, i], expected)
+
+
 def test_one_softmax_over_all_neighbours():
   """A neighbour given twice weighs as much as given once: weights sum to 1 over k r keys."""
   config = tiny_models.TINY

@@ -93,6 +93,22 @@ def test_masked_tokens_and_padding_have_no_influence(seed):
   assert not moved(logits(batch), logits(changed))[batch.segments != 0].any()
 
 
+@given(seed=seeds, left=st.integers(0, M))
+def test_padding_before_a_text_has_no_influence_and_hides_no_neighbour(seed, left):
+  """A question padded on the left: chunk 1 is read from its last token on, however long it is."""
+  rng, batch = batch_of(seed, documents=False)
+  batch = tiny_models.pad_left(batch, [left, M - 1])
+  before, real = logits(batch), batch.segments != 0
+  changed = batch.copy()
+  changed.tokens = np.where(real, batch.tokens, other(rng, batch.tokens))
+  assert not moved(before, logits(changed))[real].any()
+  changed = batch.copy()
+  changed.neighbors[:, 0] = other(rng, batch.neighbors[:, 0])
+  difference = moved(before, logits(changed))
+  assert not difference[:, :M - 1].any()
+  assert difference[:, M - 1:].all(1).tolist() == [left < M, True]
+
+
 @given(seed=seeds)
 def test_chunk_without_neighbours_gets_exactly_nothing(seed):
   """All neighbours masked is RETRO[OFF] in another program: equal but for its rounding."""

@@ -44,6 +44,17 @@ def test_equals_algorithm_1(changes):
       rtol=1e-5, atol=1e-5 * 5)
 
 
+def test_a_text_that_begins_inside_its_chunk_equals_algorithm_1():
+  """As questions do: padding stands before them (paper, C.4)."""
+  config = tiny_models.tiny(num_layers=3, cca_layers=(1, 3))
+  parameters = tiny_models.parameters(config)
+  made = tiny_models.batch(config, np.random.default_rng(2), size=3, chunks=2, documents=False)
+  batch = tiny_models.pad_left(made, [1, 3, 4])
+  expected, got = reference_logits(config, parameters, batch), logits(config, parameters, batch)
+  real = batch.segments != 0
+  np.testing.assert_allclose(got[real], expected[real], rtol=1e-5, atol=5e-5)
+
+
 def test_k_at_evaluation_may_differ_from_training():
   config = tiny_models.tiny(num_neighbors=2)
   parameters = tiny_models.parameters(config)
