@@ -103,7 +103,7 @@ def parse(body: bytes, served: Served) -> CompletionRequest:
   retrieval = fields.boolean('retrieval', bool(served.databases))
   if retrieval and not served.databases:
     raise ApiError(400, 'retrieval is true, but this server has no database', 'retrieval')
-  k = fields.integer('k', 0, 1, max(served.num_neighbors, 1))
+  k = fields.integer('k', served.num_neighbors, 1, max(served.num_neighbors, 1))
   request = Request(
       prompt, fields.integer('max_tokens', min(16, served.max_tokens), 1, served.max_tokens),
       fields.number('temperature', 1.0, 0, _HOTTEST), fields.integer('top_k', 0, 0, 2**31 - 1),
