@@ -98,7 +98,8 @@ def make_app(service: Service, loopback: bool = True) -> Starlette:
 
   return Starlette(
       routes=routes, lifespan=lifespan,
-      middleware=[Middleware(_Guard, loopback=loopback)],
+      middleware=[Middleware(_Guard, loopback=loopback,
+                             header_bytes=service.limits.header_bytes)],
       exception_handlers={ApiError: _api_error, HTTPException: _http_error, Exception: _defect})
 
 
@@ -186,10 +187,10 @@ async def _send(send: Send, data: bytes, more: bool = True) -> None:
 
 
 class _Guard:
-  """Refuses names of other machines, and adds the headers that bind the browser."""
+  """Refuses names of other machines and long headers; adds the headers that bind the browser."""
 
-  def __init__(self, app: ASGIApp, loopback: bool):
-    self._app, self._loopback = app, loopback
+  def __init__(self, app: ASGIApp, loopback: bool, header_bytes: int):
+    self._app, self._loopback, self._header_bytes = app, loopback, header_bytes
 
   async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
     if scope['type'] != 'http':
@@ -203,11 +204,16 @@ class _Guard:
                                    for name, value in _HEADERS.items())]}
       await send(message)
 
-    if self._loopback and _host(scope) not in _LOOPBACK:
+    size = len(scope['raw_path']) + len(scope['query_string']) + sum(
+        len(name) + len(value) + 4 for name, value in scope['headers'])
+    error = None
+    if size > self._header_bytes:
+      error = ApiError(431, f'path and headers have more than {self._header_bytes:,} bytes', None,
+                       'headers_too_large')
+    elif self._loopback and _host(scope) not in _LOOPBACK:
       error = ApiError(403, 'this server answers only to localhost', None, 'wrong_host')
-      await _json(error.body, error.status)(scope, receive, guarded)
-      return
-    await self._app(scope, receive, guarded)
+    app = self._app if error is None else _json(error.body, error.status, {'connection': 'close'})
+    await app(scope, receive, guarded)
 
 
 def _host(scope: Scope) -> str:

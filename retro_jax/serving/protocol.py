@@ -281,14 +281,22 @@ class Answer:
 
   def _retrieval(self, made: Generation) -> dict[str, Any]:
     chunks = []
-    for number, passage in enumerate(faithfulness.passages(made)):
+    passages = faithfulness.passages(made)
+    for number, passage in enumerate(passages):
       kinds = ['prompt' if place < passage.prompt else 'written'
                for place in range(len(passage.tokens))]
       chunks.append({'number': number, 'spans': self._spans(passage.tokens, kinds, passage.copied),
                      'read': [self._read(read) for read in passage.read]})
     request = self.asked.request
     measures = faithfulness.measure(made)
-    return {'on': request.retrieval, 'database': self.asked.database or None,
+    copied = np.concatenate([passage.copied[passage.prompt:]
+                             for passage in passages])
+    spans, left = [], len(made.text)  # tokens may go on beyond the text: a stop string
+    for span in self._spans(made.tokens, ['written'] * len(made.tokens), copied):
+      if left:
+        spans.append({'text': span['text'][:left], 'copied': span['copied']})
+      left -= len(span['text'][:left])
+    return {'on': request.retrieval, 'text_spans': spans, 'database': self.asked.database or None,
             'k': request.num_neighbors or None, 'chunks': chunks,
             'copied': measures.copied, 'longest_copied': measures.longest_copied,
             'repetition': measures.repetition}

@@ -26,7 +26,7 @@ from retro_jax.serving.protocol import Served
 from retro_jax.serving.service import Service
 from tests import worlds
 from tests.evaluation import browser, hostile
-from tests.generation.test_decode import K, M, PROMPT, make_config, random_parameters
+from tests.generation.test_decode import PROMPT, K, M, make_config, random_parameters
 from tests.serving.driven_browser import CONTROL, DrivenBrowser
 
 WINDOW, SLOTS, WAITING = 4 * M, 2, 2
@@ -132,6 +132,7 @@ def test_answers_are_the_engines_whole_and_as_events(url, engines, name, asked, 
   k = asked.get('k', K)
   for number, chunk in enumerate(chunks):
     assert ''.join(span['text'] for span in chunk['spans']) == made.chunks[number].text
+    assert all(span['copied'] is False for span in chunk['spans']) or chunk['read']
     assert [n['chunk_id'] for n in chunk['read']] == [
         n['chunk_id'] for n in found.get(number - 1, [])]
     assert len(chunk['read']) <= k
@@ -139,9 +140,7 @@ def test_answers_are_the_engines_whole_and_as_events(url, engines, name, asked, 
       # Half characters at the cut between N and F count to F.
       assert ''.join(span['text'] for span in read['spans']).replace('\ufffd', '') == (
           read['text'] + read['continuation']).replace('\ufffd', '')
-  written = ''.join(span['text'] for chunk in chunks for span in chunk['spans']
-                    if span['of'] == 'written')
-  assert written.startswith(made.text)
+  assert ''.join(span['text'] for span in whole['retrieval']['text_spans']) == made.text
 
 
 def test_what_is_served_is_said(url):
@@ -164,7 +163,10 @@ def raw(url: str, data: bytes, wait: float = 10) -> tuple[int, dict, bytes]:
   return int(head.split(b' ')[1]), json.loads(body), answer
 
 
-def http(body: bytes = b'{}', method: bytes = b'POST', path: bytes = b'/v1/completions',
+GOOD = b'{"prompt": "a", "max_tokens": 1}'  # whatever is wrong is not the body
+
+
+def http(body: bytes = GOOD, method: bytes = b'POST', path: bytes = b'/v1/completions',
          kind: bytes = b'application/json', host: bytes = b'localhost', more: bytes = b'',
          length: bytes | None = None) -> bytes:
   length = str(len(body)).encode() if length is None else length
@@ -175,13 +177,13 @@ def http(body: bytes = b'{}', method: bytes = b'POST', path: bytes = b'/v1/compl
 HOSTILE = {
     'no http': (b'\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n', 400),
     'no http, words': (b'hello server\r\n\r\n', 400),
-    'http/9': (b'GET / HTTP/9.9\r\nhost: localhost\r\nconnection: close\r\n\r\n', 400),
+    'another protocol': (b'GET / SPDY/3\r\nhost: localhost\r\n\r\n', 400),
     'no host': (b'GET / HTTP/1.1\r\nconnection: close\r\n\r\n', 400),
     'two hosts': (b'GET / HTTP/1.1\r\nhost: localhost\r\nhost: b\r\n\r\n', 400),
     'host of another site': (http(host=b'evil.example:80'), 403),
-    'long path': (http(path=b'/' + b'a' * 10_000), 400),
-    'long header': (http(more=b'x: ' + b'y' * 10_000 + b'\r\n'), 400),
-    'many headers': (http(more=b'x: y\r\n' * 3_000), 400),
+    'long path': (http(path=b'/' + b'a' * 10_000), 431),
+    'long header': (http(more=b'x: ' + b'y' * 10_000 + b'\r\n'), 431),
+    'many headers': (http(more=b'x: y\r\n' * 3_000), 431),
     'nul in a header': (http(more=b'x: a\0b\r\n'), 400),
     'nul in the path': (http(path=b'/v1\0/completions'), 400),
     'length no number': (http(length=b'ten'), 400),
@@ -193,7 +195,7 @@ HOSTILE = {
         b'content-length: 20013', b'transfer-encoding: chunked'), 413),
     'bad chunks': (http(b'zz\r\nabc').replace(
         b'content-length: 7', b'transfer-encoding: chunked'), 400),
-    'length and chunks': (http(b'0\r\n\r\n', more=b'transfer-encoding: gzip\r\n'), 501),
+    'unknown encoding of the transfer': (http(more=b'transfer-encoding: gzip\r\n'), 400),
     'body that does not come': (http(b'{"prompt"', length=b'100'), 408),
     'wrong method': (http(method=b'GET'), 405),
     'unknown method': (http(method=b'BREW'), 405),
@@ -218,7 +220,8 @@ HOSTILE = {
 def test_hostile_requests_get_a_clear_answer(url, name, capfd):
   data, expected = HOSTILE[name]
   status, body, answer = raw(url, data)
-  assert status == expected, body
+  # h11 finds headers too long only where it waits for more of them.
+  assert status == expected or (expected, status) == (431, 400), body
   error = body['error']
   assert set(error) == {'message', 'type', 'param', 'code'}
   assert error['message'] and '\n' not in error['message'] and len(error['message']) < 300
@@ -260,19 +263,16 @@ def test_a_full_queue_refuses_and_clients_that_leave_free_it(url, engines):
 
 def test_an_answer_that_takes_too_long_ends(engines):
   engine = engines['calm']
-  fresh = Engine(engine._config, engine._parameters, worlds.vocabulary(), None, slots=1,
-                 window=WINDOW)
+  fresh = Engine(engine._config, engine._parameters, worlds.vocabulary(), engine._retriever,
+                 slots=SLOTS, window=WINDOW)
   limits = LimitsConfig(max_tokens=1_000_000, answer_seconds=1, arrival_seconds=30)
-  with serving({'': fresh}, limits) as url:
-    request = {'prompt': PROMPT, 'max_tokens': 1_000_000}
+  with serving({'calm': fresh}, limits) as url:
+    request = {'prompt': PROMPT, 'max_tokens': 1_000_000, 'temperature': 0}
     status, body = complete(url, **request)
     assert status == 504 and body['error']['code'] == 'timeout'
     assert load.becomes_free(url)
     status, _, events = load.stream(url, request)
     assert status == 200 and events[-2]['error']['code'] == 'timeout' and events[-1] == '[DONE]'
-    # Nothing to retrieve from: requests may not ask for it.
-    assert complete(url, prompt='a', retrieval=True)[0] == 400
-    assert complete(url, prompt='a', database='calm')[0] == 404
 
 
 def test_a_failing_engine_is_no_traceback_for_clients(url, engines, monkeypatch):

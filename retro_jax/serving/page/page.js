@@ -34,13 +34,12 @@ function say(text, wrong) {
 // Shows spans: prompt in grey, what is copied marked.
 function showSpans(box, spans) {
   for (const span of spans) {
-    box.append(element(span.copied ? 'mark' : 'span', 'of-' + span.of, span.text));
+    box.append(element(span.copied ? 'mark' : 'span', `of-${span.of}`, span.text));
   }
 }
 
 class Pane {
   constructor(heading) {
-    this.written = '';
     this.box = element('section', 'pane');
     this.text = element('div', 'text continuation');
     this.text.setAttribute('aria-live', 'off');
@@ -53,10 +52,7 @@ class Pane {
   add(event) {
     if (event.error) throw new Error(event.error.message);
     const choice = event.choices[0];
-    if (choice.text) {
-      this.written += choice.text;
-      this.text.append(visible(choice.text));
-    }
+    if (choice.text) this.text.append(visible(choice.text));
     if (choice.finish_reason !== null) {
       this.finish(event);
     } else if (event.retrieval) {
@@ -76,15 +72,9 @@ class Pane {
     const retrieval = event.retrieval;
     this.text.replaceChildren();
     this.read.replaceChildren();
-    let left = [...this.written].length;
-    let copied = false;
+    showSpans(this.text, retrieval.text_spans);
+    let reads = false;
     for (const chunk of retrieval.chunks) {
-      // The last tokens may hold more than the text: a stop string is not part of it.
-      for (const span of chunk.spans.filter((span) => span.of === 'written')) {
-        const signs = [...span.text].slice(0, left);
-        left -= signs.length;
-        showSpans(this.text, [{...span, text: signs.join('')}]);
-      }
       if (!chunk.read.length) continue;
       const longest = Math.max(...chunk.read.map((neighbor) => neighbor.longest_copied));
       const part = this.section(
@@ -95,12 +85,12 @@ class Pane {
       part.append(box);
       for (const neighbor of chunk.read) part.append(this.neighbor(neighbor));
       this.read.append(part);
-      copied = true;
+      reads = true;
     }
     const limited = event.choices[0].finish_reason === 'length';
     const words = [`${event.usage.completion_tokens} tokens` +
                    (limited ? '' : ', where the model ended the text')];
-    if (copied) {
+    if (reads) {
       words.push(`${Math.round(100 * retrieval.copied)} % copied from neighbours, at most ` +
                  `${retrieval.longest_copied} tokens in a row`);
     } else {
