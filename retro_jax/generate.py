@@ -92,7 +92,8 @@ def load_parts(job: Any) -> tuple[RetroConfig, dict[str, Any], Vocabulary, LiveR
   """The model's config and parameters, its vocabulary and, if it reads neighbours, who finds them.
 
   Args:
-    job: with the first eight fields of `GenerateJob` that are no prompt.
+    job: with `run_dir`, `vocabulary`, `retrieval`, `database`, `index`, `embedder` and
+      `num_neighbors` of `GenerateJob`.
 
   Raises:
     UserError: a part is missing, or parts that do not belong together.

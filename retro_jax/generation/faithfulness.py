@@ -124,7 +124,7 @@ def measure(generation: Generation, against: Generation | None = None) -> Measur
 def repetition(tokens: Sequence[int], n: int = REPETITION_TOKENS) -> float:
   """Share of the n-grams of `tokens` that stood there before; 0 where there are none."""
   grams = [tuple(tokens[i:i + n]) for i in range(len(tokens) - n + 1)]
-  return 1 - len(set(grams)) / len(grams) if grams else 0.0
+  return (len(grams) - len(set(grams))) / len(grams) if grams else 0.0
 
 
 def common_runs(ours: Sequence[int], theirs: Sequence[int], shortest: int = SHORTEST_RUN

@@ -6,12 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from retro_jax.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from retro_jax.errors import UserError
-from retro_jax.generation import decode, sampling, written
+from retro_jax.generation import decode, written
 from retro_jax.generation.live_retrieval import LiveRetriever
 from retro_jax.models import decoding, retro
 from retro_jax.models.config import RetroConfig
@@ -193,40 +191,6 @@ def test_ids_that_are_no_text_are_never_written(model):
       config, parameters, worlds.vocabulary(), None, PROMPT, NEW, temperature=50., seed=2)
   assert all(t < worlds.vocabulary().size and t not in (PAD_ID, BOS_ID, UNK_ID, EOS_ID)
              for t in made.tokens)
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10_000), st.floats(0.2, 3), st.integers(0, 12), st.floats(0.05, 1))
-def test_choose_draws_from_the_truncated_distribution(seed, temperature, top_k, top_p):
-  rng = np.random.default_rng(seed)
-  logits = np.round(rng.normal(size=9), 1).astype(np.float32)
-  logits[rng.integers(9)] = -np.inf
-  # Slowly, one id at a time, likeliest first.
-  ids = sorted(range(9), key=lambda i: (-logits[i], i))[:top_k or 9]
-  weights = [np.exp((float(logits[i]) - float(logits.max())) / temperature) for i in ids]
-  kept, mass = [], 0.0
-  for i, weight in zip(ids, weights):
-    kept.append((i, weight))
-    mass += weight / sum(weights)
-    if top_p < 1 and mass >= top_p:
-      break
-  drawn, total = np.random.default_rng(seed).random(), sum(w for _, w in kept)
-  expected = kept[-1][0]
-  for i, weight in kept:
-    drawn -= weight / total
-    if drawn < 0:
-      expected = i
-      break
-  token = sampling.choose(logits, temperature, top_k, top_p, np.random.default_rng(seed))
-  assert token == expected
-
-
-def test_choose_frequencies_follow_the_softmax():
-  rng, logits = np.random.default_rng(0), np.log(np.array([0.5, 0.3, 0.15, 0.05]))
-  drawn = [sampling.choose(logits, 1.0, 0, 1.0, rng) for _ in range(4000)]
-  counts = np.bincount(drawn, minlength=4)
-  np.testing.assert_allclose(counts / 4000, [0.5, 0.3, 0.15, 0.05], atol=0.03)
-  assert {sampling.choose(logits, 0, 0, 1.0, rng) for _ in range(10)} == {0}
 
 
 @pytest.mark.parametrize('name, value', [

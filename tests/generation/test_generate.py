@@ -1,5 +1,7 @@
 """The command: python -m retro_jax.generate over a model, a database and an index on disk."""
 
+import json
+
 import jax
 import pytest
 
@@ -10,6 +12,7 @@ from retro_jax.retrieval.embedders import LexicalEmbedder
 from retro_jax.training import checkpoints, state
 from tests import worlds
 from tests.generation.test_decode import PROMPT, make_config, random_parameters
+from tools import measure_generation
 
 
 @pytest.fixture(scope='module')
@@ -48,6 +51,37 @@ def test_prints_continuation_and_neighbors(arguments, capsys):
   assert capsys.readouterr().out == printed
 
 
+def test_all_settings_and_the_files(arguments, capsys, tmp_path):
+  changes = {'OUTPUT': str(tmp_path / 'made.json'), 'STOP': "('zzz',)", 'RETRIEVAL_STEP': '5',
+             'LEFT_PAD': 'True', 'COLOR': 'always', 'SEQUENCE_LENGTH': '32'}
+  run(arguments | changes)
+  printed = capsys.readouterr().out
+  assert 'written to' in printed
+  made = json.loads((tmp_path / 'made.json').read_text())
+  lengths = [len(chunk['tokens']) for chunk in made['chunks']]
+  assert set(lengths[1:-1]) == {5, 3}  # chunks of 8, cut after 5
+  assert all(chunk['neighbors'] for chunk in made['chunks'][:-1])
+  assert made['measures']['tokens'] == len(made['tokens'])
+
+
+def test_measures_of_many_prompts(arguments, capsys, tmp_path):
+  given = {name: arguments[name] for name in (
+      'RUN_DIR', 'VOCABULARY', 'DATABASE', 'INDEX', 'EMBEDDER', 'LexicalEmbedder.dimension')}
+  worlds.write_source(tmp_path / 'prompts.jsonl', worlds.documents(5, 4))
+  given |= {'PROMPTS': str(tmp_path / 'prompts.jsonl'), 'OUTPUT': str(tmp_path), 'COUNT': '3',
+            'PROMPT_TOKENS': '12', 'MAX_NEW_TOKENS': '10', 'SLOTS': '2', 'SEQUENCE_LENGTH': '32'}
+  argv = ['--gin_file=gin/runs/measure_generation.gin',
+          *(f'--gin.{name}={value}' for name, value in given.items())]
+  configuration.main(measure_generation.MeasureGenerationJob, measure_generation.run,
+                     measure_generation.CONFIGURABLES, argv)
+  assert 'means over 3 prompts' in capsys.readouterr().out
+  body = json.loads((tmp_path / 'results.json').read_text())
+  assert [row['retrieval'] for row in body['rows']] == ['on', 'off'] * 3
+  for setting, means in body['means'].items():
+    values = [row['repetition'] for row in body['rows'] if row['retrieval'] == setting]
+    assert means['repetition'] == pytest.approx(sum(values) / 3)
+
+
 def test_without_retrieval_no_database_is_needed(arguments, capsys):
   run(arguments | {'RETRIEVAL': 'False', 'DATABASE': "''", 'INDEX': "''"})
   printed = capsys.readouterr().out
@@ -60,6 +94,7 @@ def test_without_retrieval_no_database_is_needed(arguments, capsys):
     ('RUN_DIR', '/nowhere', 'no trained model'), ('VOCABULARY', '/nowhere', '/nowhere'),
     ('DATABASE', '/nowhere', 'no chunk-database there'), ('INDEX', "''", 'GenerateJob.index'),
     ('LexicalEmbedder.dimension', '32', 'embedder'), ('TOP_P', '7', 'top_p'),
+    ('OUTPUT', 'made.pdf', 'endings'), ('RETRIEVAL_STEP', '9', 'retrieval_step'),
     ('NUM_NEIGHBOURS', '2', 'NUM_NEIGHBORS')])
 def test_mistakes_end_with_one_line_and_code_2(arguments, capsys, name, value, words):
   with pytest.raises(SystemExit) as caught:
