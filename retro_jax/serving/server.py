@@ -4,6 +4,7 @@ On a signal no connection is taken any more, answers under way are finished, and
 """
 
 import asyncio
+import os
 import signal
 import socket
 from typing import Any
@@ -31,7 +32,8 @@ def listen(host: str, port: int) -> socket.socket:
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
     return socket.create_server((host, port), family=family, backlog=256)
   except (OSError, UnicodeError) as error:
-    reason = getattr(error, 'strerror', None) or error
+    known = isinstance(error, OSError) and not isinstance(error, socket.gaierror)
+    reason = os.strerror(error.errno) if known else 'no such host'
     raise UserError(f'{host}:{port}: cannot listen there ({reason}); '
                     'set SERVE_HOST or SERVE_PORT') from None
 
