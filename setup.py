@@ -30,16 +30,25 @@ REQUIREMENTS = [
     'numpy>=2',
 ]
 
+# What retro_jax.serve needs besides.
+SERVE = [
+    'starlette>=1.10',  # routes, requests, responses
+    'uvicorn>=0.54',  # HTTP/1.1 by h11, in pure Python, and the event loop
+    'prometheus-client>=0.26',  # counters and histograms, and their text format
+]
+
 setup(
     name='retro_jax',
     version='0.1.0',
     description='RETRO in JAX: language models that read from a database of trillions of tokens',
     packages=find_packages(include=['retro_jax', 'retro_jax.*']),
     python_requires='>=3.11',
+    package_data={'retro_jax.serving': ['page/*']},
     install_requires=REQUIREMENTS,
     extras_require={
+        'serve': SERVE,
         # libtpu is a compiler too: the tests compile a step for a TPU that is not there.
-        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155', 'libtpu'],
+        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155', 'libtpu', *SERVE],
         'tpu': ['jax[tpu]'],  # the libtpu that the pinned jax asks for
         # What benchmarks/ measures against; none of it is needed to use the project.
         'bench': ['faiss-cpu>=1.15', 'sentence-transformers>=5'],

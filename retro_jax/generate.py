@@ -100,23 +100,44 @@ def load_parts(job: Any) -> tuple[RetroConfig, dict[str, Any], Vocabulary, LiveR
   Raises:
     UserError: a part is missing, or parts that do not belong together.
   """
-  model, parameters, facts = load_model(job.run_dir)
-  vocabulary = Vocabulary.load(job.vocabulary)
-  if facts['fingerprint'] != vocabulary.fingerprint:
-    raise UserError(f'{job.run_dir} was trained with vocabulary {facts["fingerprint"]}, but '
-                    f'{job.vocabulary} is {vocabulary.fingerprint}; give the one of the training')
+  model, parameters, vocabulary = load_text_model(job.run_dir, job.vocabulary)
   retriever = None
   if job.retrieval and model.has_retrieval:
     kind = type(job).__name__
     for name in ('database', 'index'):
       if not getattr(job, name):
         raise UserError(f'{kind}.{name} is empty; name its folder or set {kind}.retrieval = False')
-    database = ChunkDatabase.open(job.database)
-    retriever = LiveRetriever(database, Index.open(job.index, database),
-                              job.embedder, vocabulary, job.num_neighbors or model.num_neighbors)
+    retriever = open_retriever(job.database, job.index, job.embedder, vocabulary,
+                               job.num_neighbors or model.num_neighbors)
   elif job.retrieval:
     print(f'{job.run_dir}: a baseline, which has no layers that read neighbours')
   return model, parameters, vocabulary, retriever
+
+
+def load_text_model(run_dir: str, vocabulary_path: str
+                    ) -> tuple[RetroConfig, dict[str, Any], Vocabulary]:
+  """A model's config and parameters, and its vocabulary.
+
+  Raises:
+    UserError: one of them is missing, or the vocabulary is another than that of the training.
+  """
+  model, parameters, facts = load_model(run_dir)
+  vocabulary = Vocabulary.load(vocabulary_path)
+  if facts['fingerprint'] != vocabulary.fingerprint:
+    raise UserError(f'{run_dir} was trained with vocabulary {facts["fingerprint"]}, but '
+                    f'{vocabulary_path} is {vocabulary.fingerprint}; give the one of the training')
+  return model, parameters, vocabulary
+
+
+def open_retriever(database: str, index: str, embedder: Any, vocabulary: Vocabulary,
+                   num_neighbors: int) -> LiveRetriever:
+  """Who finds neighbours in a database on the disk.
+
+  Raises:
+    UserError: a part is missing, or parts that do not belong together.
+  """
+  opened = ChunkDatabase.open(database)
+  return LiveRetriever(opened, Index.open(index, opened), embedder, vocabulary, num_neighbors)
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ import retro_jax
 ROOT = Path(retro_jax.__file__).parents[1]
 MODULES = ('jax', 'flax.nnx', 'optax', 'orbax.checkpoint', 'tensorflow', 'tensorflow_text', 'scann',
            'seqio', 'sentencepiece', 'google_crc32c', 'gin', 'apache_beam', 'tensorflow_datasets',
-           'clu.metric_writers', 'tokenizers', 'safetensors', 'matplotlib', 'hypothesis')
+           'clu.metric_writers', 'tokenizers', 'safetensors', 'matplotlib', 'hypothesis', 'starlette',
+           'uvicorn', 'prometheus_client')
 
 
 def test_everything_pinned_imports_together_and_works():

@@ -26,7 +26,7 @@ import contextlib
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -34,7 +34,7 @@ import numpy as np
 from retro_jax.data.vocabulary import PAD_ID, Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.generation.live_retrieval import LiveRetriever
-from retro_jax.generation.requests import ChunkRead, Request, Stream
+from retro_jax.generation.requests import ChunkRead, Event, Request, Stream
 from retro_jax.generation.sampling import check_settings, choose
 from retro_jax.generation.slot import Part, Slot
 from retro_jax.generation.written import Generation, describe_neighbors
@@ -53,6 +53,7 @@ class Engine:
     slots: how many requests are worked on at a time.
     seconds: how long each part took, call by call: 'embed', 'search', 'neighbour tokens',
       'describe', 'dispatch', 'wait', 'choose', and 'step', the whole; the latest calls only.
+    totals: how often each part ran and the seconds of all calls together, by the same names.
     tokens_written: by all requests so far.
   """
 
@@ -98,6 +99,7 @@ class Engine:
     self.slots, self.tokens_written = slots, 0
     self.seconds: dict[str, collections.deque[float]] = collections.defaultdict(
         lambda: collections.deque(maxlen=10_000))
+    self.totals: dict[str, tuple[int, float]] = {}
     self._config, self._vocabulary, self._retriever = config, vocabulary, retriever
     self._dropped = dropped_chunks
     self._parameters = {name: jax.numpy.asarray(value) for name, value in parameters.items()}
@@ -119,8 +121,13 @@ class Engine:
     """Requests that have a slot."""
     return sum(slot is not None for slot in self._slots)
 
-  def submit(self, request: Request) -> Stream:
+  def submit(self, request: Request, listener: Callable[[Event | Exception], None] | None = None
+             ) -> Stream:
     """Lets a request wait for a slot.
+
+    Args:
+      request: to work on.
+      listener: gets the events instead of who iterates the stream; see `Stream`.
 
     Raises:
       UserError: settings out of range.
@@ -131,9 +138,13 @@ class Engine:
     if not 0 <= request.retrieval_step <= m:
       raise UserError(f'retrieval_step is {request.retrieval_step}, expected 1 to {m} (the chunk '
                       'length), or 0 for the latter')
+    most = self._retriever.num_neighbors if self._retriever is not None else 0
+    if not 0 <= request.num_neighbors <= most:
+      raise UserError(f'num_neighbors is {request.num_neighbors}, expected 1 to {most} (as many as '
+                      'are found), or 0 for the latter')
     if not all(request.stop):
       raise UserError('stop holds an empty string; give strings to stop at')
-    stream = Stream(request)
+    stream = Stream(request, listener)
     with self._arrived:
       self._waiting.append(stream)
       self._arrived.notify_all()
@@ -197,16 +208,24 @@ class Engine:
   def _admit(self) -> None:
     """Gives free slots to waiting requests and ends cancelled ones."""
     with self._arrived:
+      gone = [stream for stream in self._waiting if stream.cancelled]
+      for stream in gone:
+        self._waiting.remove(stream)
       waiting = list(itertools.islice(self._waiting, self._slots.count(None)))
       for _ in waiting:
         self._waiting.popleft()
+    for stream in gone:
+      self._new_slot(-1, stream).finish('cancelled')
     for stream in waiting:
       number = self._slots.index(None)
-      self._slots[number] = Slot(number, stream, self._config.chunk_length, self.window,
-                                  self._vocabulary, self._retriever is not None)
+      self._slots[number] = self._new_slot(number, stream)
     for number, slot in enumerate(self._slots):
       if slot is not None and slot.stream.cancelled:
         self._finish(number, 'cancelled')
+
+  def _new_slot(self, number: int, stream: Stream) -> Slot:
+    return Slot(number, stream, self._config.chunk_length, self.window, self._vocabulary,
+                self._retriever is not None)
 
   def _step(self, going: Sequence[Slot]) -> None:
     """One step of the slots; the device computes while neighbours are searched."""
@@ -275,6 +294,8 @@ class Engine:
     found = self._retriever.neighbors_of(queries, self._watch)
     with self._watch('describe'):
       for (slot, end), neighbors in zip(wanted, found):
+        if count := slot.stream.request.num_neighbors:
+          neighbors = neighbors.nearest(count)
         slot.retrieved[end] = neighbors
         slot.described[end] = describe_neighbors(neighbors, self._retriever, self._vocabulary)
         slot.stream.send(ChunkRead(slot.number_of(end), slot.described[end]))
@@ -301,7 +322,10 @@ class Engine:
   def _watch(self, part: str) -> Iterator[None]:
     begin = time.perf_counter()
     yield
-    self.seconds[part].append(time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    self.seconds[part].append(seconds)
+    calls, before = self.totals.get(part, (0, 0.0))
+    self.totals[part] = calls + 1, before + seconds
 
 
 def writable(config: RetroConfig, vocabulary: Vocabulary) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.data.vocabulary import Vocabulary
+from retro_jax.data.vocabulary import PAD_ID, Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval.database import ChunkDatabase
@@ -43,6 +43,13 @@ class FoundNeighbors:
   distances: np.ndarray
   tokens: np.ndarray
   lengths: np.ndarray
+
+  def nearest(self, count: int) -> 'FoundNeighbors':
+    """The first `count` of them; the others are none, so that shapes stay."""
+    kept = np.arange(len(self.ids)) < count
+    return FoundNeighbors(np.where(kept, self.ids, -1), np.where(kept, self.distances, np.inf),
+                          np.where(kept[:, None], self.tokens, PAD_ID),
+                          np.where(kept, self.lengths, 0))
 
 
 class LiveRetriever:

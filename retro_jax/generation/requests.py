@@ -6,7 +6,7 @@ The engine is in engine.py; what a whole generation is, in written.py.
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from retro_jax.generation.written import Generation, Neighbor
 
@@ -24,6 +24,7 @@ class Request:
     seed: of the random numbers, not negative; equal requests write equal texts.
     stop: the text ends before the first of these strings that is written.
     retrieval: False reads no neighbours (RETRO[OFF]), beside requests that do.
+    num_neighbors: so many of the neighbours that the engine finds are read, the nearest; 0 for all.
     retrieval_step: neighbours of the last m tokens are found anew after so many written tokens
       (Wang et al. 2023); 0 for m, once a chunk, as in training.
     left_pad: the prompt is moved right so that it ends a chunk, and its last m tokens find
@@ -38,6 +39,7 @@ class Request:
   seed: int = 0
   stop: Sequence[str] = ()
   retrieval: bool = True
+  num_neighbors: int = 0
   retrieval_step: int = 0
   left_pad: bool = False
 
@@ -91,13 +93,25 @@ class Stream:
     request: that was submitted.
   """
 
-  def __init__(self, request: Request):
+  def __init__(self, request: Request,
+               listener: Callable[[Event | Exception], None] | None = None):
+    """A stream without events.
+
+    Args:
+      request: that is submitted.
+      listener: is called with each event in the engine's thread, and must not wait or raise;
+        the stream is then not to be iterated. None keeps the events for who iterates.
+    """
     self.request = request
     self._events: queue.SimpleQueue[Event | Exception] = queue.SimpleQueue()
+    self._deliver = listener or self._events.put
     self._cancelled = threading.Event()
 
   def cancel(self) -> None:
-    """Asks for the end: the next step of the engine frees the slot and sends `Finished`."""
+    """Asks for the end: the next step of the engine frees the slot and sends `Finished`.
+
+    A request that still waits for a slot leaves the queue.
+    """
     self._cancelled.set()
 
   @property
@@ -106,7 +120,7 @@ class Stream:
 
   def send(self, event: Event | Exception) -> None:
     """For the engine: the next event, or what went wrong."""
-    self._events.put(event)
+    self._deliver(event)
 
   def __iter__(self) -> Iterator[Event]:
     """Waits for each event; raises what made the engine fail."""

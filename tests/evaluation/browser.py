@@ -9,9 +9,11 @@ import subprocess
 from pathlib import Path
 
 _NAMES = ('chromium', 'chromium-browser', 'google-chrome', 'google-chrome-stable')
-_FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
-          '--disable-background-networking', '--disable-component-update', '--disable-sync',
-          '--disable-dev-shm-usage', '--host-resolver-rules=MAP * ~NOTFOUND')
+# Of every start; who may reach what is said by a rule of its own.
+FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run',
+         '--disable-background-networking', '--disable-component-update', '--disable-sync',
+         '--disable-dev-shm-usage')
+_NO_NETWORK = '--host-resolver-rules=MAP * ~NOTFOUND'
 _SECONDS = 180  # a busy machine starts one slowly
 
 
@@ -35,7 +37,7 @@ def screenshot(browser: str, page: Path, picture: Path, profile: Path, width: in
 def _run(browser: str, profile: Path, *arguments: str) -> str:
   profile.mkdir(parents=True)
   done = subprocess.run(
-      [browser, *_FLAGS, f'--user-data-dir={profile}', *arguments], text=True,
+      [browser, *FLAGS, _NO_NETWORK, f'--user-data-dir={profile}', *arguments], text=True,
       capture_output=True, timeout=_SECONDS, check=False)
   assert done.returncode == 0, done.stderr[-2000:]
   return done.stdout

@@ -1,5 +1,6 @@
 """The engine against the full-pass `Context`, and requests that share it against the same alone."""
 
+import dataclasses
 import threading
 
 import jax
@@ -12,6 +13,7 @@ from retro_jax.data.vocabulary import BOS_ID, EOS_ID, PAD_ID, UNK_ID
 from retro_jax.errors import UserError
 from retro_jax.generation import decode
 from retro_jax.generation.engine import Engine, writable
+from retro_jax.generation.live_retrieval import LiveRetriever
 from retro_jax.generation.requests import ChunkRead, Finished, Request, TextPiece
 from retro_jax.models import retro
 from tests import worlds
@@ -224,7 +226,7 @@ def test_what_is_never_written():
 
 @pytest.mark.parametrize('changes, words', [
     ({'retrieval_step': M + 1}, 'retrieval_step'), ({'stop': ('a', '')}, 'stop'),
-    ({'temperature': -1}, 'temperature')])
+    ({'temperature': -1}, 'temperature'), ({'num_neighbors': K + 1}, 'num_neighbors')])
 def test_bad_requests_are_refused(engine, changes, words):
   with pytest.raises(UserError, match=words):
     engine.submit(Request('', **changes))
@@ -237,3 +239,34 @@ def test_bad_requests_are_refused(engine, changes, words):
 def test_bad_engines_are_refused(model, changes, words):
   with pytest.raises(UserError, match=words):
     Engine(*model, VOCABULARY, None, **changes)
+
+
+def test_fewer_neighbors_are_those_of_a_search_for_fewer(model, retriever, engine):
+  one = LiveRetriever(retriever.database, retriever._index, worlds.embedder(), VOCABULARY, 1)
+  request = Request(PROMPT, 20, temperature=1.5, seed=3)
+  made = engine.generate(dataclasses.replace(request, num_neighbors=1))
+  assert made == Engine(*model, VOCABULARY, one, slots=3, window=WINDOW).generate(request)
+  assert made.tokens != engine.generate(request).tokens
+  assert engine.generate(dataclasses.replace(request, num_neighbors=K)) == engine.generate(request)
+
+
+def test_a_cancelled_request_leaves_the_queue(engine):
+  working = [engine.submit(Request(PROMPT, 30, seed=i)) for i in range(engine.slots)]
+  engine.step()
+  streams = [engine.submit(Request(PROMPT, 5)) for _ in range(3)]
+  streams[1].cancel()
+  engine.step()
+  assert engine.waiting == 2 and engine.active == engine.slots
+  assert streams[1].result().reason == 'cancelled'
+  engine.run()
+  assert all(stream.result().reason in ('length', 'eos') for stream in [*working, streams[0]])
+
+
+def test_a_listener_hears_what_an_iterator_gets(engine):
+  heard = []
+  engine.submit(Request(PROMPT, 20, temperature=0), heard.append)
+  stream = engine.submit(Request(PROMPT, 20, temperature=0))
+  engine.run()
+  assert heard == list(stream)
+  calls, seconds = engine.totals['step']
+  assert calls >= len(engine.seconds['step']) and seconds >= 0.999 * sum(engine.seconds['step'])

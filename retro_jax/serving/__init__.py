@@ -1,0 +1,1 @@
+"""A model behind HTTP: completions as OpenAI has them, a page, metrics; see docs/serving.md."""
