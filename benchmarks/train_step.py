@@ -78,6 +78,7 @@ from retro_jax.models.config import RetroConfig
 from retro_jax.training import optimizer, partitioning, state, step as step_lib
 size, (n, m, k, vocabulary), threads, retrieval, changes = json.loads(sys.argv[1])
 b = size.pop('batch')
+size |= {'loss_block': 128}  # as gin/machines/cpu.gin
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
                      chunk_length=m, num_neighbors=k, **(size | changes))
 config = config if retrieval else config.baseline()
@@ -119,13 +120,17 @@ def main() -> None:
   parser.add_argument('--threads', type=int, default=2)
   parser.add_argument('--change', action='append', default=[], metavar='FIELD=VALUE',
                       help='of RetroConfig, for our contenders')
+  parser.add_argument('--variant', action='append', default=[], metavar='FIELD=VALUE',
+                      help='one more contender: our RETRO with this change')
   parser.add_argument('--output', default='', help='JSON file for the numbers')
   arguments = parser.parse_args()
   size = SIZES[arguments.size]
-  changes = dict(change.split('=', 1) for change in arguments.change)
-  changes = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
+  changes = parsed(arguments.change)
   contenders = {'RETRO': start(sys.executable, OURS, size, arguments.threads, True, changes),
                 'baseline': start(sys.executable, OURS, size, arguments.threads, False, changes)}
+  for variant in arguments.variant:
+    contenders[f'RETRO, {variant}'] = start(sys.executable, OURS, size, arguments.threads, True,
+                                            changes | parsed([variant]))
   if arguments.peer_python:
     for name, retrieval in (('peer RETRO', True), ('peer baseline', False)):
       contenders[name] = start(arguments.peer_python, PEER, size, arguments.threads, retrieval)
@@ -135,6 +140,12 @@ def main() -> None:
   if arguments.output:
     from retro_jax import storage
     storage.write_json(arguments.output, result)
+
+
+def parsed(changes: list[str]) -> dict[str, Any]:
+  """FIELD=VALUE by field, whole numbers as such."""
+  pairs = (change.split('=', 1) for change in changes)
+  return {name: int(value) if value.isdigit() else value for name, value in pairs}
 
 
 def start(python: str, code: str, size: Size, threads: int, retrieval: bool,
@@ -197,6 +208,8 @@ def summary(name: str, size: Size, seconds: dict[str, list[float]], steps: int,
   if 'peer RETRO' in seconds:
     result |= {'speed over the peer, RETRO': ratio('peer RETRO', 'RETRO'),
                'speed over the peer, baseline': ratio('peer baseline', 'baseline'),
+               'speed over the peer, variants': {name: ratio('peer RETRO', name) for name in seconds
+                                       if name.startswith('RETRO, ')},
                'time of peer RETRO over its baseline': ratio('peer RETRO', 'peer baseline')}
   return result
 
