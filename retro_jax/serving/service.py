@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Mapping
 
 from retro_jax.data.vocabulary import Vocabulary
+from retro_jax.errors import UserError
 from retro_jax.generation.engine import Engine
 from retro_jax.generation.requests import Event, Finished, Request, TextPiece
 from retro_jax.serving.limits import LimitsConfig
@@ -126,9 +127,6 @@ class Service:
                      'queue_full', {'retry-after': str(seconds)})
     loop, begin = asyncio.get_running_loop(), time.perf_counter()
     work = Work(asked, tokens)
-    self._under_way[name] += 1
-    time_up = loop.call_later(self.limits.answer_seconds, lambda: work.interrupt(ApiError(
-        504, f'no whole answer within {self.limits.answer_seconds:g} seconds', None, 'timeout')))
     first = True
 
     def take(item: Event | Exception) -> None:
@@ -152,7 +150,14 @@ class Service:
       if not loop.is_closed():
         loop.call_soon_threadsafe(take, item)
 
-    work.cancel = engine.submit(asked.request, listen).cancel
+    try:
+      work.cancel = engine.submit(asked.request, listen).cancel
+    except UserError as error:
+      raise ApiError(400, str(error), None, 'out_of_range') from None
+    # No event is taken before this thread is done here.
+    self._under_way[name] += 1
+    time_up = loop.call_later(self.limits.answer_seconds, lambda: work.interrupt(ApiError(
+        504, f'no whole answer within {self.limits.answer_seconds:g} seconds', None, 'timeout')))
     self.metrics.prompt_tokens.inc(tokens)
     return work
 
