@@ -121,11 +121,11 @@ class Attention(nnx.Module):
     return jnp.einsum('td,dhc->thc', vectors, self.relative[...].astype(dtype))
 
   def keys_and_values(self, context: Array, places: Array, limit: int) -> tuple[Array, Array]:
-    """What `read` reads of rows at `places` [..., s] < limit: each [..., s, kv heads, c]."""
+    """What `read` reads of rows at `places` [..., s] < limit: each [..., kv heads, s, c]."""
     keys = self._heads(context, 'key')
     if self.positions == 'rotary':
       keys = self._turned(keys, places, 0, limit)
-    return keys, self._heads(context, 'value')
+    return keys.swapaxes(-3, -2), self._heads(context, 'value').swapaxes(-3, -2)
 
   def read(self, x: Array, places: Array, parts: Sequence[Part], of_distance: Array | None,
            offset: int, limit: int) -> Array:
@@ -136,7 +136,7 @@ class Attention(nnx.Module):
       places: int32 [b, q], of the queries; query i sees key j at distance i - j + offset.
       parts: of what is read.
       of_distance: with relative positions `distance_keys` of limit - 1 + offset and down, as far
-        as distances can occur.
+        as distances can occur, heads first: [h, distances, c].
       offset: see `places`.
       limit: places are less than that.
 
@@ -149,7 +149,7 @@ class Attention(nnx.Module):
       q, position = self._biased(q, scale)
       index = jnp.concatenate([
           limit - 1 - places[:, :, None] + part.places[:, None, :] for part in parts], -1)
-      index = jnp.clip(index, 0, of_distance.shape[0] - 1)
+      index = jnp.clip(index, 0, of_distance.shape[1] - 1)
       by_key = attention_kernels.logits_by_key(position, of_distance, index)
     else:
       if self.positions == 'rotary':

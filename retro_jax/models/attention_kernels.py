@@ -101,7 +101,7 @@ class Part(NamedTuple):
   """Some of the keys and values that cached attention reads.
 
   Attributes:
-    keys, values: [b, s, kv heads, c].
+    keys, values: [b, kv heads, s, c]: as products want them, for they are read at every token.
     mask: bool [b, q, s], who may read which.
     places: int32 [b, s] or [1, s], of the keys, for relative positions.
   """
@@ -123,21 +123,26 @@ def over_parts(q: Array, parts: Sequence[Part], by_key: Array | None) -> Array:
     [b, q, h, c]; 0 in rows without True in any mask.
   """
   b, rows, heads, width = q.shape
-  groups = parts[0].keys.shape[-2]
+  groups = parts[0].keys.shape[1]
   grouped = q.reshape(b, rows, groups, heads // groups, width)
+  # Keys come first and values last: otherwise XLA for CPUs transposes them at every call.
+  dimensions = ((3,), (4,)), ((0, 1), (0, 2))
   logits = jnp.concatenate([
-      jnp.einsum('bqgjc,bsgc->bgjqs', grouped, part.keys, preferred_element_type=jnp.float32)
-      for part in parts], -1)
+      jax.lax.dot_general(part.keys, grouped, dimensions, preferred_element_type=jnp.float32)
+      for part in parts], 2)  # [b, g, s, q, j]
+  logits = jnp.moveaxis(logits, 2, -1).swapaxes(2, 3)  # [b, g, j, q, s]
   if by_key is not None:
     logits += by_key.reshape(logits.shape)
   mask = jnp.concatenate([part.mask for part in parts], -1)
   weights = masked_softmax(logits, mask[:, None, None]).astype(q.dtype)
   mixed, first = 0, 0
   for part in parts:
-    last = first + part.keys.shape[1]
-    mixed += jnp.einsum('bgjqs,bsgc->bqgjc', weights[..., first:last], part.values)
+    last = first + part.keys.shape[2]
+    # [b, g, j, q, s] x [b, g, s, c]
+    mixed += jax.lax.dot_general(weights[..., first:last], part.values,
+                                 (((4,), (2,)), ((0, 1), (0, 1))))
     first = last
-  return mixed.reshape(q.shape)
+  return jnp.moveaxis(mixed, 3, 1).reshape(q.shape)
 
 
 def logits_by_key(position: Array, p: Array, index: Array) -> Array:
@@ -145,10 +150,12 @@ def logits_by_key(position: Array, p: Array, index: Array) -> Array:
 
   Args:
     position: [b, q, h, c], scaled queries.
-    p: [distances, h, c].
+    p: [h, distances, c].
     index: int32 [b, q, s], of each pair's distance in `p`.
   """
-  of_distance = jnp.einsum('bqhc,thc->bhqt', position, p, preferred_element_type=jnp.float32)
+  of_distance = jax.lax.dot_general(p, position, (((2,), (3,)), ((0,), (2,))),
+                                    preferred_element_type=jnp.float32)  # [h, t, b, q]
+  of_distance = jnp.moveaxis(of_distance, (2, 0), (0, 1)).swapaxes(2, 3)  # [b, h, q, t]
   return jnp.take_along_axis(of_distance, index[:, None], axis=-1)
 
 

@@ -33,8 +33,8 @@ class LayerCache:
   """What one layer keeps of B rows; stacked layers have a leading axis more.
 
   Attributes:
-    keys, values: of tokens, [B, n, kv heads, c]; what is beyond a row's place means nothing.
-    neighbor_keys, neighbor_values: of the k neighbours being read, [B, k r, h, c], in CCA layers
+    keys, values: of tokens, [B, kv heads, n, c]; what is beyond a row's place means nothing.
+    neighbor_keys, neighbor_values: of the k neighbours being read, [B, h, k r, c], in CCA layers
       that read.
   """
   keys: Array
@@ -64,7 +64,7 @@ class Tables:
   """What depends on parameters and window alone: keys of distances, by layer as in `Cache`.
 
   Attributes:
-    layers: for each layer (self-attention [n, h, c], CCA [m + r - 1, h, c]); None for what has no
+    layers: for each layer (self-attention [h, n, c], CCA [h, m + r - 1, c]); None for what has no
       relative positions.
   """
   layers: dict[str, Any]
@@ -94,8 +94,8 @@ def empty_cache(config: RetroConfig, rows: int, window: int, num_neighbors: int 
     num_neighbors: k; 0 where nothing is retrieved, which needs no place for neighbours.
   """
   dtype, k = config.compute_dtype, num_neighbors if config.has_retrieval else 0
-  own = (rows, window, config.kv_heads, config.head_dim)
-  read = (rows, k * config.retrieved_length, config.num_heads, config.head_dim)
+  own = (rows, config.kv_heads, window, config.head_dim)
+  read = (rows, config.num_heads, k * config.retrieved_length, config.head_dim)
 
   def layer(retro: bool, *stacked: int) -> LayerCache:
     zeros = lambda shape: jnp.zeros((*stacked, *shape), dtype)
@@ -113,7 +113,7 @@ def empty_cache(config: RetroConfig, rows: int, window: int, num_neighbors: int 
   if not k:
     return Cache(layers)
   return Cache(layers, jnp.zeros((rows, config.chunk_length, config.d_model), dtype),
-               jnp.zeros((rows, read[1]), bool))
+               jnp.zeros((rows, read[2]), bool))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 2))
@@ -124,10 +124,10 @@ def make_tables(config: RetroConfig, parameters: retro.Parameters, window: int) 
 
   def of(layer: DecoderLayer) -> tuple[Array | None, Array | None]:
     own, cca = layer.attention.attention, layer.cca and layer.cca.attention
-    return (own.distance_keys(np.arange(window - 1, -1, -1), dtype)
-            if own.relative_positions else None,
-            cca.distance_keys(np.arange(2 * m - 2, m - 1 - r, -1), dtype)
-            if cca is not None and cca.relative_positions else None)
+    falling = lambda attention, *ends: (
+        attention.distance_keys(np.arange(*ends, -1), dtype).swapaxes(0, 1)
+        if attention is not None and attention.relative_positions else None)
+    return falling(own, window - 1, -1), falling(cca, 2 * m - 2, m - 1 - r)
 
   def stacked(stack: nnx.Module | None) -> Any:
     if stack is None:
@@ -355,7 +355,8 @@ class _Run:
     if encoded is None:
       return h + mixed, ()
     keys, values = cca.attention.keys_and_values(encoded, jnp.arange(r), r)
-    flat = lambda x: x.reshape(len(h), k * r, *x.shape[-2:])
+    # [b, k, h, r, c] -> [b, h, k r, c]
+    flat = lambda x: x.swapaxes(1, 2).reshape(len(h), x.shape[2], k * r, x.shape[-1])
     new = flat(keys), flat(values)
     asking = jax.lax.dynamic_slice_in_dim(normed, self.last, 1, 1)
     first = read(asking, jnp.zeros((len(h), 1), jnp.int32), *new, self.found_mask)
@@ -366,7 +367,7 @@ class _Run:
 
 def _window(cache: Cache) -> int:
   leaf = next(x for x in jax.tree.leaves(cache.layers, is_leaf=_is_layer) if _is_layer(x))
-  return leaf.keys.shape[-3]
+  return leaf.keys.shape[-2]
 
 
 def _is_layer(x: Any) -> bool:
@@ -381,10 +382,11 @@ def _last(recent: Array, h: Array, count: Array) -> Array:
 
 def _with_tokens(layers: dict[str, Any], new: dict[str, Any], rows: Array, places: Array
                  ) -> dict[str, Any]:
-  """The caches with what tokens gave [..., b, t, kv heads, c] at `places` [b, t] of `rows` [b]."""
+  """The caches with what tokens gave [..., b, kv heads, t, c] at `places` [b, t] of `rows` [b]."""
   def put(x: Array, value: Array) -> Array:
-    stacked = (slice(None),) * (x.ndim - 4)
-    return x.at[(*stacked, rows[:, None], places)].set(value, mode='drop')
+    stacked, heads = (slice(None),) * (x.ndim - 4), jnp.arange(x.shape[-3])
+    at = (*stacked, rows[:, None, None], heads[:, None], places[:, None])
+    return x.at[at].set(value, mode='drop')
 
   return jax.tree.map(lambda cache, gained: dataclasses.replace(
       cache, keys=put(cache.keys, gained.keys), values=put(cache.values, gained.values)),
