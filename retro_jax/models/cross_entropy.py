@@ -78,14 +78,11 @@ def _losses(x: Array, targets: Array, table: Array) -> tuple[Array, Array, Array
   """Losses [b, n], probabilities [b, n, V], float32, and which of V is the target, bool."""
   logits = jnp.einsum('bnd,vd->bnv', x, table, preferred_element_type=jnp.float32)
   logits = place(logits, 'vocab')
-  highest = logits.max(axis=-1, keepdims=True)
-  exponentials = jnp.exp(logits - highest)  # once, for the normalizer and for probabilities
-  total = exponentials.sum(axis=-1, keepdims=True)
+  normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
   # A sum over a comparison, not a gather: the vocabulary may be cut over devices.
   is_target = jnp.arange(table.shape[0]) == targets[..., None]
   of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-  normalizer = (highest + jnp.log(total))[..., 0]
-  return normalizer - of_target, exponentials * (1 / total), is_target
+  return normalizer[..., 0] - of_target, jnp.exp(logits - normalizer), is_target
 
 
 def _blocks(block: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:
