@@ -180,7 +180,9 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   for on in settings:
     word = 'on' if on else 'off'
     first, last = arguments.contexts[0], arguments.contexts[-1]
-    result[f'{last} over {first}, {word}'] = ratio(name('ours', last, on), name('ours', first, on))
+    if last != first:
+      result[f'{last} over {first}, {word}'] = ratio(
+          name('ours', last, on), name('ours', first, on))
     if peer and 512 in arguments.contexts:
       result[f'peer over ours at 512, {word}'] = ratio(name('peer', 512, on), name('ours', 512, on))
   return result
