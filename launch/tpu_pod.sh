@@ -439,7 +439,7 @@ finish() {
 train() {
   local code failures=0 relaunches=0 reached=-1 step
   exec 4>&2  # the trap may come where 2 leads to a file
-  trap 'say "no longer watching; the run goes on on its workers: train watches it again, stop ends it" 2>&4; kill "${CALLED:-}" 2>/dev/null; exit 130' INT
+  trap 'say "no longer watching; the run goes on on its workers: train watches it again, stop ends it" 2>&4; kill "${CALLED:-}" 2>/dev/null || :; exit 130' INT
   make_archive
   while :; do
     ensure_slice

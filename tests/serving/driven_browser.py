@@ -104,9 +104,11 @@ class DrivenBrowser:
       message['sessionId'] = self._session
     os.write(self._write, json.dumps(message).encode() + b'\0')
     end = time.monotonic() + _SECONDS
+    waiting = select.poll()  # select() takes no descriptor above 1,023
+    waiting.register(self._read, select.POLLIN)
     while True:
       while b'\0' not in self._buffer:
-        ready, _, _ = select.select([self._read], [], [], max(0, end - time.monotonic()))
+        ready = waiting.poll(1000 * max(0, end - time.monotonic()))
         data = os.read(self._read, 1 << 16) if ready else b''
         assert data, f'the browser does not answer {method}'
         self._buffer += data
