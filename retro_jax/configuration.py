@@ -155,7 +155,9 @@ def _register(cls: type) -> None:
     return cls(*args, **kwargs)
 
   build.__signature__ = inspect.signature(cls)
-  gin.external_configurable(build, name=cls.__name__, module='retro_jax')
+  # A program may know a class twice, as __main__'s and as its module's: the last one counts.
+  with gin_config.interactive_mode():
+    gin.external_configurable(build, name=cls.__name__, module='retro_jax')
 
 
 def _parse(line: CommandLine, classes: dict[str, type]) -> None:

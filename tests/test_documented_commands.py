@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 import retro_jax
-from gin import config as gin_config
 from retro_jax import configuration
 from retro_jax.errors import UserError
 
@@ -71,7 +70,7 @@ def nothing_runs(monkeypatch):
 def enter(monkeypatch, words):
   """Runs a program until it has taken its arguments."""
   monkeypatch.setattr(sys, 'argv', words[1:] if words[0] == '-m' else words)
-  with gin_config.interactive_mode(), pytest.raises(Taken):  # a script is entered more than once
+  with pytest.raises(Taken):
     if words[0] == '-m':
       runpy.run_module(words[1], run_name='__main__', alter_sys=True)
     else:
