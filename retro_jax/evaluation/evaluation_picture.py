@@ -106,6 +106,15 @@ def _curve(axis: Any, x: Sequence[float], rows: Sequence[Mapping[str, Any]], key
                 marker='o', markersize=4, linewidth=1.8, elinewidth=0.9, capsize=2, **style)
 
 
+# Paired by document: bits per byte differ more from text to text than from setting to setting.
+_GAIN = ('gain', 'gain_low', 'gain_high')
+
+
+def _paired(row: Mapping[str, Any]) -> Mapping[str, Any]:
+  """A row with its gain over RETRO[OFF]; nothing is gained where nothing is read."""
+  return row if 'gain' in row else {**row, **dict.fromkeys(_GAIN, 0.0)}
+
+
 def _alpha(axis: Any, named: Mapping[str, Results]) -> None:
   for i, (name, results) in enumerate(named.items()):
     rows = results.get('leakage', {}).get('rows', ())
@@ -135,19 +144,20 @@ def _neighbors(axis: Any, named: Mapping[str, Results]) -> None:
   ticks = sorted({row['k'] for results in named.values() for row in neighbor_rows(results)})
   for i, (name, results) in enumerate(named.items()):
     if rows := neighbor_rows(results):
-      _curve(axis, [ticks.index(row['k']) for row in rows], rows, ('bits_per_byte', 'low', 'high'),
-             color=_FURTHER_COLORS[i % len(_FURTHER_COLORS)],
+      _curve(axis, [ticks.index(row['k']) for row in rows], [_paired(row) for row in rows],
+             _GAIN, 100, color=_FURTHER_COLORS[i % len(_FURTHER_COLORS)],
              label=name if len(named) > 1 else None)
   axis.set_xticks(range(len(ticks)), [str(k) for k in ticks])
   axis.set_xlabel('neighbours read of each chunk; 0 is RETRO[OFF]')
-  axis.set_ylabel('bits per byte')
+  axis.set_ylabel('fewer bits than RETRO[OFF], %')
 
 
 def _fractions(axis: Any, named: Mapping[str, Results]) -> None:
   for i, (name, results) in enumerate(named.items()):
     if rows := fraction_rows(results):
-      _curve(axis, [100 * row['database_fraction'] for row in rows], rows,
-             ('bits_per_byte', 'low', 'high'), color=_FURTHER_COLORS[i % len(_FURTHER_COLORS)],
+      _curve(axis, [100 * row['database_fraction'] for row in rows],
+             [_paired(row) for row in rows], _GAIN, 100,
+             color=_FURTHER_COLORS[i % len(_FURTHER_COLORS)],
              label=name if len(named) > 1 else None)
   axis.set_xscale('log')
   ticks = sorted({100 * row['database_fraction'] for results in named.values()
@@ -155,4 +165,4 @@ def _fractions(axis: Any, named: Mapping[str, Results]) -> None:
   axis.set_xticks(ticks, [f'{tick:g}' for tick in ticks])
   axis.minorticks_off()
   axis.set_xlabel('documents of the database that may be retrieved, %')
-  axis.set_ylabel('bits per byte')
+  axis.set_ylabel('fewer bits than RETRO[OFF], %')
