@@ -17,11 +17,11 @@ embedding, searching and the rest take, with percentiles.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 from typing import Any
+
+from contenders import PEER_MODEL, ask, parsed, start
 
 M, K, VOCABULARY = 64, 2, 32_000
 SMALL = dict(d_model=256, num_layers=6, num_heads=4, cca_layers=(3, 6), encoder_layers=2,
@@ -29,24 +29,12 @@ SMALL = dict(d_model=256, num_layers=6, num_heads=4, cca_layers=(3, 6), encoder_
 CONTEXTS = (64, 256, 512, 1024)
 TOKENS, PEER_TOKENS = 64, 4
 
-PEER = """
-import json, sys, time
-import torch
-from retro_pytorch.retro_pytorch import RETRO, Encoder, Decoder
+PEER = PEER_MODEL + """
 from retro_pytorch.training import TrainingWrapper
 size, (m, k, vocabulary), threads = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
-model = RETRO(num_tokens=vocabulary, max_seq_len=1152, enc_dim=size['encoder_d_model'],
-              enc_depth=size['encoder_layers'], dec_depth=size['num_layers'],
-              dec_cross_attn_layers=tuple(size['cca_layers']), heads=size['num_heads'],
-              dec_dim=size['d_model'], dim_head=64, chunk_size=m)
-model.encoder = Encoder(dim=size['encoder_d_model'], context_dim=size['d_model'], dim_head=64,
-                        heads=size['num_heads'], depth=size['encoder_layers'],
-                        output_dim=size['d_model'])
-model.decoder = Decoder(dim=size['d_model'], depth=size['num_layers'], dim_head=64,
-                        heads=size['num_heads'], cross_attn_layers=tuple(size['cca_layers']),
-                        chunk_size=m)
+model = peer_model(size, m, vocabulary, 1152)
 # The wrapper without its corpus, index and BERT: only `generate` is wanted.
 wrapper = TrainingWrapper.__new__(TrainingWrapper)
 torch.nn.Module.__init__(wrapper)
@@ -155,11 +143,11 @@ def main() -> None:
 
 def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   """CPU milliseconds a token by context, and ratios."""
-  changes = dict(change.split('=', 1) for change in arguments.change)
-  changes = {name: int(value) if value.isdigit() else value for name, value in changes.items()}
+  changes = parsed(arguments.change)
   given = [SMALL, (M, K, VOCABULARY), arguments.threads]
-  ours = start(sys.executable, OURS, [*given, changes], arguments.threads)
-  peer = arguments.peer_python and start(arguments.peer_python, PEER, given, arguments.threads)
+  ours = start(sys.executable, OURS + LOOP, [*given, changes], arguments.threads)
+  peer = arguments.peer_python and start(arguments.peer_python, PEER + LOOP, given,
+                                         arguments.threads)
   settings = [word == 'on' for word in arguments.retrieval]
   cases = [('ours', ours, context, on, TOKENS) for on in settings for context in arguments.contexts]
   if peer:
@@ -168,7 +156,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   milliseconds: dict[str, list[float]] = {}
   for number in range(-1, arguments.rounds):
     for who, process, context, on, tokens in cases:
-      took = 1000 * ask(process, context, on, tokens) / tokens
+      took = 1000 * ask(who, process, [context, on, tokens]) / tokens
       if number >= 0:  # the first round compiles
         milliseconds.setdefault(name(who, context, on), []).append(took)
     print(f'round {number + 1}: ' + ', '.join(
@@ -186,24 +174,6 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
     if peer and 512 in arguments.contexts:
       result[f'peer over ours at 512, {word}'] = ratio(name('peer', 512, on), name('ours', 512, on))
   return result
-
-
-def start(python: str, code: str, given: list[Any], threads: int) -> subprocess.Popen:
-  """A process that generates whenever it is asked."""
-  environment = {**os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': str(threads),
-                 'JAX_PLATFORMS': 'cpu'}
-  return subprocess.Popen([python, '-c', code + LOOP, json.dumps(given)], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-
-
-def ask(process: subprocess.Popen, *question: Any) -> float:
-  """CPU seconds of one measurement."""
-  process.stdin.write(json.dumps(question) + '\n')
-  process.stdin.flush()
-  answer = process.stdout.readline()
-  if not answer:
-    raise SystemExit('a contender ended; see above')
-  return json.loads(answer)
 
 
 def live(arguments: argparse.Namespace) -> dict[str, Any]:

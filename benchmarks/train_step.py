@@ -13,11 +13,12 @@ its `heads` argument; its two stacks are built anew here with the heads of the s
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
 from typing import Any
+
+from contenders import PEER_MODEL, ask, parsed, start
 
 N, M, K, VOCABULARY = 512, 64, 2, 32_000
 
@@ -37,23 +38,11 @@ class Size:
 SIZES = {'small': Size(256, 6, 4, (3, 6), 2, 256, 8),
          'med': Size(896, 12, 16, (6, 9, 12), 2, 896, 2)}
 
-PEER = """
-import json, sys, time
-import torch
-from retro_pytorch.retro_pytorch import RETRO, Encoder, Decoder
+PEER = PEER_MODEL + """
 size, (n, m, k, vocabulary), threads, retrieval = json.loads(sys.argv[1])
 torch.set_num_threads(threads)
 torch.manual_seed(0)
-model = RETRO(num_tokens=vocabulary, max_seq_len=n, enc_dim=size['encoder_d_model'],
-              enc_depth=size['encoder_layers'], dec_depth=size['num_layers'],
-              dec_cross_attn_layers=tuple(size['cca_layers']), heads=size['num_heads'],
-              dec_dim=size['d_model'], dim_head=64, chunk_size=m)
-model.encoder = Encoder(dim=size['encoder_d_model'], context_dim=size['d_model'], dim_head=64,
-                        heads=size['num_heads'], depth=size['encoder_layers'],
-                        output_dim=size['d_model'])
-model.decoder = Decoder(dim=size['d_model'], depth=size['num_layers'], dim_head=64,
-                        heads=size['num_heads'], cross_attn_layers=tuple(size['cca_layers']),
-                        chunk_size=m)
+model = peer_model(size, m, vocabulary, n)
 model.train()
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 b = size['batch']
@@ -126,14 +115,14 @@ def main() -> None:
   arguments = parser.parse_args()
   size = SIZES[arguments.size]
   changes = parsed(arguments.change)
-  contenders = {'RETRO': start(sys.executable, OURS, size, arguments.threads, True, changes),
-                'baseline': start(sys.executable, OURS, size, arguments.threads, False, changes)}
+  ours = lambda retrieval, changes: contender(
+      sys.executable, OURS, size, arguments.threads, retrieval, changes)
+  contenders = {'RETRO': ours(True, changes), 'baseline': ours(False, changes)}
   for variant in arguments.variant:
-    contenders[f'RETRO, {variant}'] = start(sys.executable, OURS, size, arguments.threads, True,
-                                            changes | parsed([variant]))
+    contenders[f'RETRO, {variant}'] = ours(True, changes | parsed([variant]))
   if arguments.peer_python:
     for name, retrieval in (('peer RETRO', True), ('peer baseline', False)):
-      contenders[name] = start(arguments.peer_python, PEER, size, arguments.threads, retrieval)
+      contenders[name] = contender(arguments.peer_python, PEER, size, arguments.threads, retrieval)
   seconds = measure(contenders, arguments.rounds, arguments.steps)
   result = summary(arguments.size, size, seconds, arguments.steps, changes)
   print(json.dumps(result, indent=2))
@@ -142,23 +131,13 @@ def main() -> None:
     storage.write_json(arguments.output, result)
 
 
-def parsed(changes: list[str]) -> dict[str, Any]:
-  """FIELD=VALUE by field, whole numbers as such."""
-  pairs = (change.split('=', 1) for change in changes)
-  return {name: int(value) if value.isdigit() else value for name, value in pairs}
-
-
-def start(python: str, code: str, size: Size, threads: int, retrieval: bool,
-          changes: dict[str, Any] | None = None) -> subprocess.Popen:
+def contender(python: str, code: str, size: Size, threads: int, retrieval: bool,
+              changes: dict[str, Any] | None = None) -> subprocess.Popen:
   """A process that takes steps whenever it is asked."""
   given = [dataclasses.asdict(size), (N, M, K, VOCABULARY), threads, retrieval]
   given += [] if changes is None else [changes]
-  environment = {
-      **os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': str(threads),
-      'JAX_PLATFORMS': 'cpu',
-      'XLA_FLAGS': '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT'}
-  return subprocess.Popen([python, '-c', code + LOOP, json.dumps(given)], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+  return start(python, code + LOOP, given, threads,
+               '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT')
 
 
 def measure(contenders: dict[str, subprocess.Popen], rounds: int, steps: int
@@ -166,13 +145,7 @@ def measure(contenders: dict[str, subprocess.Popen], rounds: int, steps: int
   """CPU seconds of `steps` steps, a list over the rounds, after one step to warm up."""
 
   def take(name: str, count: int) -> float:
-    process = contenders[name]
-    process.stdin.write(f'{count}\n')
-    process.stdin.flush()
-    answer = process.stdout.readline()
-    if not answer:
-      raise SystemExit(f'{name} ended; see above')
-    return json.loads(answer)[0]
+    return ask(name, contenders[name], count)[0]
 
   for name in contenders:
     take(name, 1)

@@ -70,6 +70,8 @@ def nothing_runs(monkeypatch):
 def enter(monkeypatch, words):
   """Runs a program until it has taken its arguments."""
   monkeypatch.setattr(sys, 'argv', words[1:] if words[0] == '-m' else words)
+  if words[0] != '-m':
+    monkeypatch.syspath_prepend(ROOT / Path(words[0]).parent)  # as Python does
   with pytest.raises(Taken):
     if words[0] == '-m':
       runpy.run_module(words[1], run_name='__main__', alter_sys=True)
