@@ -355,8 +355,10 @@ from retro_jax.data.vocabulary import Vocabulary
 source, vocabulary = JsonLines(sys.argv[1]), Vocabulary.load(sys.argv[2])
 texts = (document.text for document in source.documents())
 size = sum(int(c.text_bytes.sum()) for c in chunk_documents(texts, vocabulary, 64))
-usage = resource.getrusage(resource.RUSAGE_SELF)
-print(size, source.report.bytes, usage.ru_maxrss >> 10, usage.ru_utime)
+seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime
+# Not ru_maxrss, which is at least that of the process this one was forked from.
+peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM')).split()[1]
+print(size, source.report.bytes, int(peak) >> 10, seconds)
 '''
 
 
