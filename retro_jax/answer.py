@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax import configuration, storage
-from retro_jax.evaluation import question_answering, question_page, results
+from retro_jax.evaluation import question_answering, question_page, report, results
 from retro_jax.evaluation.question_answering import AnsweringConfig
 from retro_jax.retrieval.question_examples import QuestionExamples
 from retro_jax.training.partitioning import MeshConfig
@@ -69,7 +69,8 @@ def run(job: AnswerJob) -> dict[str, Any]:
     facts |= {'passages read': k, 'questions with a right answer in them':
               f'{100 * body["questions"]["answer_in_passages"]:.1f} %'}
   question_page.write(Path(job.output) / PAGE, asked, answers, k, rows, facts, job.shown)
-  _print_table(*question_page.table(rows))
+  header, cells = question_page.table(rows)
+  print('\n'.join(report.aligned([header, *cells])))
   print(f'answer: wrote {path}, {ANSWERS} and {PAGE}')
   return body
 
@@ -83,13 +84,6 @@ def _write_answers(path: Path, asked: question_answering.Asked,
           'id': question.id, 'question': question.text, 'answers': question.answers,
           **{setting: given.texts[number] for setting, given in answers.items()}},
           ensure_ascii=False) + '\n')
-
-
-def _print_table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-  widths = [max(map(len, column)) for column in zip(header, *rows)]
-  for row in (header, *rows):
-    cells = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]
-    print('  '.join(cells).rstrip())
 
 
 def main() -> None:

@@ -247,15 +247,10 @@ class JsonLines:
 
 
 @dataclasses.dataclass(frozen=True)
-class JsonLinesShard:
-  """One file."""
+class FileShard:
+  """A shard that is one file; how it is read is for the source to say."""
 
   file: InputFile
-  text_field: str
-  id_field: str
-  title_field: str
-  metadata_fields: tuple[str, ...]
-  skip_bad_lines: bool
   report: Report = report_field()
 
   @property
@@ -265,6 +260,17 @@ class JsonLinesShard:
   @property
   def weight(self) -> int:
     return self.file.bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class JsonLinesShard(FileShard):
+  """One file."""
+
+  text_field: str
+  id_field: str
+  title_field: str
+  metadata_fields: tuple[str, ...]
+  skip_bad_lines: bool
 
   def documents(self) -> Iterator[Document]:
     reset(self.report)

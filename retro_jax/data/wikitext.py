@@ -14,7 +14,7 @@ from typing import Any
 
 from retro_jax.data import corpus
 from retro_jax.data.corpus import Document, Report
-from retro_jax.data.input_files import InputFile, find_files
+from retro_jax.data.input_files import find_files
 
 WORDS = 'words'  # metadata of a document: how many it has in WikiText's own counting
 _TITLE = re.compile(r' = ([^=\s](?:[^=]*[^=\s])?) = ?\r?\n?')
@@ -51,18 +51,8 @@ class WikiText:
 
 
 @dataclasses.dataclass(frozen=True)
-class WikiTextShard:
+class WikiTextShard(corpus.FileShard):
   """One file."""
-  file: InputFile
-  report: Report = corpus.report_field()
-
-  @property
-  def name(self) -> str:
-    return self.file.name
-
-  @property
-  def weight(self) -> int:
-    return self.file.bytes
 
   def documents(self) -> Iterator[Document]:
     corpus.reset(self.report)

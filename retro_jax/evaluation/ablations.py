@@ -19,7 +19,7 @@ from retro_jax.data.windows import Documents, Reading
 from retro_jax.errors import UserError
 from retro_jax.evaluation import token_scores
 from retro_jax.evaluation.bits_per_byte import Score
-from retro_jax.evaluation.token_scores import Model, TokenScores
+from retro_jax.evaluation.token_scores import TokenScores
 from retro_jax.training import checkpoints, partitioning
 
 # What is shown of a neighbour, by the name of the setting.
@@ -107,7 +107,8 @@ class Scorer:
     self.documents = Documents(Examples(examples), config.max_examples)
     self._config, self._folder = config, folder and Path(folder)
     self._mesh = partitioning.make_mesh(mesh_config)
-    self.model = functools.cache(self._load)
+    self.model = functools.cache(
+        functools.partial(token_scores.load, examples=self.documents.examples))
     self._examples = functools.cache(Examples)
     self._made: dict[Any, TokenScores] = {}
 
@@ -152,19 +153,6 @@ class Scorer:
     return {'window': n, 'stride': self._config.stride or n // 2,
             'documents': len(self.documents), 'chunks': self.documents.num_chunks,
             'whole_split': not self._config.max_examples}
-
-  def _load(self, folder: str) -> Model:
-    config, parameters, vocabulary = checkpoints.load_model(folder)
-    examples = self.documents.examples
-    made_with = examples.manifest['vocabulary']['fingerprint']
-    if made_with != vocabulary['fingerprint']:
-      raise UserError(f'{folder} was trained with vocabulary {vocabulary["fingerprint"]}, but '
-                      f'{examples.folder} was made with {made_with}; rebuild the examples '
-                      "with the model's vocabulary")
-    if examples.shape.chunk_length != config.chunk_length:
-      raise UserError(f'{folder} has chunks of {config.chunk_length} tokens, {examples.folder} of '
-                      f'{examples.shape.chunk_length}; rebuild the examples')
-    return token_scores.fingerprinted(config, parameters)
 
 
 def read_neighbors(retro: str, config: EvaluationConfig) -> int:

@@ -20,7 +20,7 @@ from retro_jax.evaluation.answering import Answerer
 from retro_jax.evaluation.bits_per_byte import bootstrap
 from retro_jax.evaluation.token_scores import Model
 from retro_jax.retrieval.question_examples import QuestionExamples
-from retro_jax.training import checkpoints, partitioning
+from retro_jax.training import partitioning
 from retro_jax.training.partitioning import MeshConfig
 
 BASELINE, CLOSED_BOOK, PASSAGES, SHUFFLED = 'baseline', 'closed_book', 'passages', 'shuffled'
@@ -155,7 +155,8 @@ def evaluate(asked: Asked, retro: str, baseline: str, config: AnsweringConfig,
   """
   mesh = partitioning.make_mesh(mesh_config)
   folders = {'retro': retro, 'baseline': baseline}
-  models = {name: _load(folder, asked.examples) for name, folder in folders.items() if folder}
+  models = {name: token_scores.load(folder, asked.examples)
+            for name, folder in folders.items() if folder}
   if not models:
     raise UserError('nothing to ask; name a model (retro or baseline)')
   k = 0
@@ -197,18 +198,6 @@ def _num_passages(model: Model, folder: str, asked: Asked, config: AnsweringConf
                     f'{asked.examples.folder} has {asked.examples.shape.retrieved_length}; '
                     'use a model with retrieved_length = 2 chunk_length')
   return k
-
-
-def _load(folder: str, examples: QuestionExamples) -> Model:
-  config, parameters, vocabulary = checkpoints.load_model(folder)
-  if vocabulary['fingerprint'] != examples.vocabulary.fingerprint:
-    raise UserError(f'{folder} was trained with vocabulary {vocabulary["fingerprint"]}, but '
-                    f'{examples.folder} was made with {examples.vocabulary.fingerprint}; build '
-                    "the questions with the model's vocabulary")
-  if config.chunk_length != examples.shape.chunk_length:
-    raise UserError(f'{folder} has chunks of {config.chunk_length} tokens, {examples.folder} of '
-                    f'{examples.shape.chunk_length}; build the questions anew')
-  return token_scores.fingerprinted(config, parameters)
 
 
 def _scored(asked: Asked, texts: Sequence[str], sources: np.ndarray | None, k: int) -> Answers:

@@ -82,13 +82,12 @@ def results_table(results: Mapping[str, Any]) -> str:
     to_off = '' if line.to_off is None else f'{line.to_off:+.2f} %'
     groups.append(line.model)
     cells.append((line.label, f'{line.bits_per_byte:.4f}', interval, to_off))
-  widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-  rule = '-' * (sum(widths) + 2 * (len(widths) - 1))
-  text = [_aligned(header, widths), rule]
-  for i, row in enumerate(cells[1:]):
+  first, *others = aligned(cells)
+  text = [first, '-' * len(first)]
+  for i, row in enumerate(others):
     if groups[i] and groups[i] != (groups[i - 1] if i else ''):
       text.append(f'{groups[i]}:')
-    text.append(_aligned(row, widths))
+    text.append(row)
   if sentences := gain_sentences(results):
     text += ['', *sentences]
   return '\n'.join(text)
@@ -110,9 +109,14 @@ def gain_sentences(results: Mapping[str, Any]) -> list[str]:
   return sorted(sentences, key=lambda sentence: not sentence.startswith('RETRO'))
 
 
-def _aligned(row: Sequence[str], widths: Sequence[int]) -> str:
-  numbers = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-  return '  '.join([row[0].ljust(widths[0]), *numbers]).rstrip()
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+  """Rows of cells as lines: names on the left, numbers in columns that end together."""
+  widths = [max(map(len, column)) for column in zip(*rows)]
+  result = []
+  for name, *numbers in rows:
+    cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
+    result.append('  '.join([name.ljust(widths[0]), *cells]).rstrip())
+  return result
 
 
 def loss_picture(path: str | os.PathLike, runs: Mapping[str, Rows],

@@ -30,7 +30,7 @@ from retro_jax.errors import UserError
 from retro_jax.evaluation.bits_per_byte import Score
 from retro_jax.models.config import RetroConfig
 from retro_jax.progress import Progress
-from retro_jax.training import distributed, partitioning, step
+from retro_jax.training import checkpoints, distributed, partitioning, step
 
 KIND = 'token-scores'
 FORMAT_VERSION = 1
@@ -55,6 +55,28 @@ def fingerprinted(config: RetroConfig, parameters: Mapping[str, jax.Array]) -> M
     digest.update(np.ascontiguousarray(parameters[name]).data)
   return Model(config, parameters,
                storage.fingerprint([dataclasses.asdict(config), digest.hexdigest()]))
+
+
+def load(folder: str, examples: Examples) -> Model:
+  """A finished model that fits some examples.
+
+  Args:
+    folder: of a run or exported model.
+    examples: it is to be asked about.
+
+  Raises:
+    UserError: no model there, or one of another vocabulary or chunk length.
+  """
+  config, parameters, vocabulary = checkpoints.load_model(folder)
+  made_with = examples.manifest['vocabulary']['fingerprint']
+  if made_with != vocabulary['fingerprint']:
+    raise UserError(f'{folder} was trained with vocabulary {vocabulary["fingerprint"]}, but '
+                    f'{examples.folder} was made with {made_with}; rebuild the examples '
+                    "with the model's vocabulary")
+  if examples.shape.chunk_length != config.chunk_length:
+    raise UserError(f'{folder} has chunks of {config.chunk_length} tokens, {examples.folder} of '
+                    f'{examples.shape.chunk_length}; rebuild the examples')
+  return fingerprinted(config, parameters)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 
 from retro_jax.data.vocabulary import BOS_ID, PAD_ID, Vocabulary
 from retro_jax.errors import UserError
-from retro_jax.generation.engine import DEFAULT_WINDOW_CHUNKS, Engine
+from retro_jax.generation.engine import Engine, default_window
 from retro_jax.generation.live_retrieval import FoundNeighbors, LiveRetriever
 from retro_jax.generation.requests import Request
 from retro_jax.generation.sampling import check_settings
@@ -135,9 +135,7 @@ def generate(
   """
   check_settings(max_new_tokens, temperature, top_k, top_p, seed)
   m = config.chunk_length
-  window = sequence_length or DEFAULT_WINDOW_CHUNKS * m
-  if config.max_positions and not sequence_length:
-    window = min(window, config.max_positions // m * m)
+  window = sequence_length or default_window(config)
   # A place that can never be filled would only cost time; powers of two, so that prompts of
   # other lengths find the programs compiled.
   needed = 1 + len(vocabulary.encode(prompt)) + max_new_tokens + m * left_pad

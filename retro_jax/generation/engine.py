@@ -76,7 +76,7 @@ class Engine:
       UserError: parts that do not fit each other.
     """
     m = config.chunk_length
-    self.window = window or _default_window(config)
+    self.window = window or default_window(config)
     if self.window < m or self.window % m:
       raise UserError(f'sequence_length is {self.window}, expected a multiple of the chunk length '
                       f'{m}')
@@ -339,7 +339,8 @@ def writable(config: RetroConfig, vocabulary: Vocabulary) -> np.ndarray:
   return allowed
 
 
-def _default_window(config: RetroConfig) -> int:
+def default_window(config: RetroConfig) -> int:
+  """Tokens of a window nobody asked for: 32 chunks, or as many as have learned positions."""
   m = config.chunk_length
   limit = config.max_positions // m * m if config.max_positions else DEFAULT_WINDOW_CHUNKS * m
   return min(DEFAULT_WINDOW_CHUNKS * m, limit)

@@ -16,7 +16,7 @@ from retro_jax.errors import UserError
 from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval.database import ChunkDatabase
 from retro_jax.retrieval.embedders import Embedder
-from retro_jax.retrieval.search import nearest_visible
+from retro_jax.retrieval.search import check_of_database, nearest_visible, queries_of
 from retro_jax.retrieval.sharded_index import Index
 
 # Given the name of a part of the work, the context to do it in; to take its time.
@@ -83,9 +83,7 @@ class LiveRetriever:
           f'{database.folder} was built with embedder {built} {database.embedder_fingerprint}, '
           f'but chunks would be embedded by {embedder.describe().get("kind")} '
           f'{embedder.fingerprint}; choose the embedder of the database')
-    if index.size != database.num_chunks:
-      raise UserError(f'the index holds {index.size:,} vectors, but {database.folder} holds '
-                      f'{database.num_chunks:,} chunks; build the index of this database')
+    check_of_database(index, database)
     self.database = database
     self.chunk_length = database.chunk_length
     self.num_neighbors = num_neighbors
@@ -128,10 +126,8 @@ class LiveRetriever:
                       f'{self.database.folder} holds chunks of {self.chunk_length} tokens; '
                       'use a model of that chunk length')
     with watch('embed'):
-      query = [self._vocabulary.decode(row) for row in chunks.tolist()]
-      if self._index.method != 'bm25':
-        # Rounded as stored vectors are: a chunk of the database is at distance 0 of itself.
-        query = self._embedder.embed(query).astype('<f2').astype(np.float32)
+      texts = [self._vocabulary.decode(row) for row in chunks.tolist()]
+      query = queries_of(texts, self._index, self._embedder)
     with watch('search'):
       ids, distances = nearest_visible(self._index, query, self.num_neighbors)
     with watch('neighbour tokens'):

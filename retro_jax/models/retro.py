@@ -146,6 +146,11 @@ def parameter_axes(config: RetroConfig) -> dict[str, tuple[str, ...]]:
   return axes
 
 
+def is_matrix(name: str) -> bool:
+  """Whether a parameter is a matrix or table; norm scales and biases are vectors."""
+  return not name.endswith(('.scale', '.bias', '_bias'))
+
+
 def build(config: RetroConfig, parameters: Parameters) -> Retro:
   """The module over the given arrays."""
   structure, state = _abstract(config)

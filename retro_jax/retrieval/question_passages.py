@@ -8,13 +8,11 @@ the model's serves as well. How passages stand in an example is question_example
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from retro_jax.data.questions import Passage, Question
 from retro_jax.data.vocabulary import Vocabulary
 from retro_jax.errors import UserError
 from retro_jax.retrieval.database import VOCABULARY, ChunkDatabase
-from retro_jax.retrieval.search import nearest_visible
+from retro_jax.retrieval.search import check_of_database, nearest_visible, queries_of
 from retro_jax.retrieval.sharded_index import Index
 
 
@@ -33,9 +31,7 @@ class DatabasePassages:
     Raises:
       UserError: the index is of another database, or the embedder is not that of the database.
     """
-    if index.size != database.num_chunks:
-      raise UserError(f'the index holds {index.size:,} vectors, but {database.folder} holds '
-                      f'{database.num_chunks:,} chunks; build the index of this database')
+    check_of_database(index, database)
     if index.method != 'bm25' and (
         embedder is None or embedder.fingerprint != database.embedder_fingerprint):
       raise UserError(f'{database.folder} was built with another embedder than the one given '
@@ -45,9 +41,7 @@ class DatabasePassages:
 
   def find(self, questions: Sequence[Question]) -> list[Sequence[Passage]]:
     """The passages of each question, nearest first; of removed documents none."""
-    queries: Any = [question.text for question in questions]
-    if self._index.method != 'bm25':
-      queries = self._embedder.embed(queries).astype('<f2').astype(np.float32)
+    queries = queries_of([question.text for question in questions], self._index, self._embedder)
     found, _ = nearest_visible(self._index, queries, self._count)
     tokens, _ = self._database.with_continuation(found)
     return [[Passage(self._title(chunk), self._vocabulary.decode(row))

@@ -189,6 +189,21 @@ def nearest_visible(index: Index, queries: Any, k: int) -> tuple[np.ndarray, np.
     width, effort = min(index.size, _WIDER * width), 4
 
 
+def check_of_database(index: Index, database: ChunkDatabase) -> None:
+  """Refuses, with a `UserError`, an index over another number of chunks than the database has."""
+  if index.size != database.num_chunks:
+    raise UserError(f'the index holds {index.size:,} vectors, but {database.folder} holds '
+                    f'{database.num_chunks:,} chunks; build the index of this database')
+
+
+def queries_of(texts: Sequence[str], index: Index, embedder: Any) -> Any:
+  """Texts as `nearest_visible` takes them; `embedder` is the database's, of no use to BM25."""
+  if index.method == 'bm25':
+    return texts
+  # Rounded as stored vectors are: a chunk of the database is at distance 0 of itself.
+  return embedder.embed(texts).astype('<f2').astype(np.float32)
+
+
 def merged(
     found: Sequence[tuple[np.ndarray, np.ndarray]], num_neighbors: int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,6 @@ def count_parameters(config: RetroConfig) -> dict[str, int]:
   tables = ('embedding.table', 'head.table', 'position_embedding.table')
   embedding = sum(sizes.pop(name, 0) for name in tables)
   encoder_embedding = sizes.pop('encoder_embedding.table', 0)
-  vectors = sum(size for name, size in sizes.items() if name.endswith(('.scale', '.bias', '_bias')))
+  vectors = sum(size for name, size in sizes.items() if not retro.is_matrix(name))
   return {'non_embedding': sum(sizes.values()) - vectors, 'vectors': vectors,
           'embedding': embedding, 'encoder_embedding': encoder_embedding}

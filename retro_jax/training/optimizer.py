@@ -81,12 +81,11 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, skip_spikes: bool 
   Its state is made from all parameters and holds moments of those that are trained; updates are
   given and taken for the latter only.
   """
-  is_matrix = lambda name: not name.endswith(('.scale', '.bias', '_bias'))
   rule = optax.chain(
       optax.clip_by_global_norm(config.clip_norm),
       optax.adamw(schedule(config, total_steps), b1=config.beta1, b2=config.beta2,
                   eps=config.epsilon, weight_decay=config.weight_decay,
-                  mask=lambda parameters: {name: is_matrix(name) for name in parameters}))
+                  mask=lambda parameters: {name: retro.is_matrix(name) for name in parameters}))
   rule = skipping_spikes(rule) if skip_spikes else rule
   if not config.trainable:
     return rule

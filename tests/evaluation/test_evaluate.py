@@ -6,13 +6,11 @@ other copy and goes on as the text does. Half of the held-out texts are in the d
 
 import json
 
-import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
 from retro_jax import evaluate
-from retro_jax.data import batches, tasks
 from retro_jax.data.corpus import Document
 from retro_jax.data.records import Examples
 from retro_jax.data.windows import Documents
@@ -21,10 +19,8 @@ from retro_jax.evaluation.leakage import LeakageConfig
 from retro_jax.models.config import RetroConfig
 from retro_jax.retrieval import pipeline
 from retro_jax.retrieval.policies import PolicyConfig
-from retro_jax.training import checkpoints, optimizer, partitioning, state, step
-from retro_jax.training.optimizer import OptimizerConfig
-from retro_jax.training.partitioning import MeshConfig
-from tests import worlds
+from retro_jax.training import checkpoints
+from tests import trained_models, worlds
 
 MODEL = RetroConfig(
     vocab_size=384, d_model=32, num_layers=2, num_heads=2, head_dim=16, chunk_length=8,
@@ -35,29 +31,6 @@ STEPS = 100
 
 def named(prefix, texts):
   return [Document(f'{prefix}-{i}', text) for i, text in enumerate(texts)]
-
-
-def trainer():
-  """A function from a folder of examples to the parameters of a model trained on them.
-
-  On one device: on eight fake ones most of the time would go into their talking.
-  """
-  mesh = partitioning.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-  config = OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=20)
-  rule = optimizer.make_optimizer(config, STEPS)
-  abstract = state.abstract_state(MODEL, rule, partitioning.ShardingRules(), mesh)
-  train_step = step.make_train_step(
-      MODEL, rule, optimizer.schedule(config, STEPS), mesh, abstract)
-
-  def train(folder):
-    tasks.register_task('copies', folder, MODEL.num_neighbors)
-    current = state.init_state(MODEL, rule, 0, abstract)
-    for batch in batches.batches('copies', 16, num_steps=STEPS):
-      inputs = {name: batch[name] for name in step.batch_inputs(MODEL)}
-      current, _ = train_step(current, batches.to_global(inputs, mesh))
-    return jax.device_get(current.parameters)
-
-  return train
 
 
 @pytest.fixture(scope='module')
@@ -76,7 +49,7 @@ def world(tmp_path_factory):
         folder / name, store, database, folder / 'index',
         pipeline.ExamplesConfig(32, 3, margin=4, kind=kind, policy=policy))
 
-  train = trainer()
+  train = trained_models.trainer(MODEL, STEPS)
   for kind in ('nearest', 'random'):
     build(f'train_{kind}', database, kind)
     exported = folder / 'run' / kind

@@ -11,40 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from retro_jax import answer
-from retro_jax.data import batches, tasks
 from retro_jax.errors import UserError
 from retro_jax.evaluation import answer_scores, answering, question_answering
 from retro_jax.models import retro
 from retro_jax.models.config import RetroConfig
-from retro_jax.training import checkpoints, optimizer, partitioning, state, step
-from retro_jax.training.optimizer import OptimizerConfig
-from retro_jax.training.partitioning import MeshConfig
-from tests import question_worlds, tiny_models
+from retro_jax.training import checkpoints
+from tests import question_worlds, tiny_models, trained_models
 
 MODEL = RetroConfig(
     vocab_size=460, d_model=32, num_layers=2, num_heads=2, head_dim=16, chunk_length=16,
     num_neighbors=1, cca_layers=(2,), encoder_d_model=32, encoder_layers=1, encoder_heads=2,
     encoder_head_dim=16, positions='rotary')
 STEPS = 100
-
-
-def one_device():
-  return partitioning.make_mesh(MeshConfig(1, 1), jax.devices()[:1])
-
-
-def trained(folder):
-  """Parameters after some steps on a folder of questions, on one device."""
-  mesh, config = one_device(), OptimizerConfig(peak_learning_rate=1e-2, warmup_steps=20)
-  rule = optimizer.make_optimizer(config, STEPS)
-  abstract = state.abstract_state(MODEL, rule, partitioning.ShardingRules(), mesh)
-  train_step = step.make_train_step(
-      MODEL, rule, optimizer.schedule(config, STEPS), mesh, abstract)
-  tasks.register_task('learnt', folder, MODEL.num_neighbors)
-  current = state.init_state(MODEL, rule, 0, abstract)
-  for batch in batches.batches('learnt', 16, num_steps=STEPS):
-    inputs = {name: batch[name] for name in step.batch_inputs(MODEL)}
-    current, _ = train_step(current, batches.to_global(inputs, mesh))
-  return jax.device_get(current.parameters)
 
 
 @pytest.fixture(scope='module')
@@ -54,7 +32,8 @@ def world(tmp_path_factory):
   question_worlds.examples(folder / 'train', question_worlds.records(0, 400))
   held = question_worlds.examples(folder / 'held', question_worlds.records(1, 40))
   untrained = jax.jit(lambda: retro.init_parameters(MODEL.baseline(), jax.random.key(0)))()
-  for name, config, parameters in (('retro', MODEL, trained(folder / 'train')),
+  trained = trained_models.trainer(MODEL, STEPS)(folder / 'train')
+  for name, config, parameters in (('retro', MODEL, trained),
                                    ('baseline', MODEL.baseline(), jax.device_get(untrained))):
     checkpoints.write_model_description(folder / name, config, held.manifest['vocabulary'])
     safetensors.numpy.save_file(parameters, folder / name / checkpoints.SAFETENSORS)
@@ -131,7 +110,7 @@ def test_greedy_answers_equal_one_question_at_a_time(with_passages):
   batch = tiny_models.pad_left(batch, [0, 1, 2, 3, 1])
   questions, passages = batch.tokens % known, batch.neighbors[:, 0] % known
   questions[:, -1] = np.maximum(questions[:, -1], 4)
-  answerer = answering.Answerer(config, parameters, known, one_device(), 4, n)
+  answerer = answering.Answerer(config, parameters, known, trained_models.one_device(), 4, n)
   got = answerer(questions, passages if with_passages else None)
   lengths = set()
   assert got.shape == (5, n - m) and got.max() < known and not np.isin(got, [1, 2, 3]).any()
