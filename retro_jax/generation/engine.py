@@ -102,8 +102,7 @@ class Engine:
     self.totals: dict[str, tuple[int, float]] = {}
     self._config, self._vocabulary, self._retriever = config, vocabulary, retriever
     self._dropped = dropped_chunks
-    self._parameters = {name: jax.numpy.asarray(value) for name, value in parameters.items()}
-    self._tables = decoding.make_tables(config, self._parameters, self.window)
+    self._weights = decoding.prepare(config, dict(parameters), self.window)
     self._cache = self._new_cache()
     self._allowed = writable(config, vocabulary)
     self._slots: list[Slot | None] = [None] * slots
@@ -264,8 +263,7 @@ class Engine:
       tokens[slot.number], active[slot.number] = slot.token(slot.place), True
       places[:, slot.number] = slot.place, slot.start, slot.since
     self._cache, logits = decoding.advance(
-        self._config, self._parameters, self._tables, self._cache, tokens,
-        decoding.Places(*places), active)
+        self._config, self._weights, self._cache, tokens, decoding.Places(*places), active)
     return logits
 
   def _extend(self, slot: Slot, part: Part) -> jax.Array:
@@ -281,8 +279,8 @@ class Engine:
     tokens[:part.count] = [slot.token(slot.place + i) for i in range(part.count)]
     places = decoding.Places(*np.array([[slot.place], [slot.start], [slot.since]], np.int32))
     self._cache, logits = decoding.extend(
-        config, self._parameters, self._tables, self._cache, np.int32(slot.number), tokens,
-        np.int32(part.count), places, slot.fresh, part.completes, found)
+        config, self._weights, self._cache, np.int32(slot.number), tokens, np.int32(part.count),
+        places, slot.fresh, part.completes, found)
     return logits
 
   def _retrieve(self, slots: Sequence[Slot]) -> None:

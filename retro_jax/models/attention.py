@@ -23,7 +23,6 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.models import attention_kernels
-from retro_jax.models.attention_kernels import Part
 from retro_jax.models.layers import parameter
 from retro_jax.models.placement import place
 from retro_jax.models.positions import distances, rotate, rotation, sinusoid, turned
@@ -127,35 +126,36 @@ class Attention(nnx.Module):
       keys = self._turned(keys, places, 0, limit)
     return keys.swapaxes(-3, -2), self._heads(context, 'value').swapaxes(-3, -2)
 
-  def read(self, x: Array, places: Array, parts: Sequence[Part], of_distance: Array | None,
-           offset: int, limit: int) -> Array:
+  def read(self, x: Array, places: Array, keys: Array, values: Array, mask: Array,
+           key_places: Array, of_distance: Array | None, offset: int, limit: int) -> Array:
     """Attends to keys and values made before, by `keys_and_values`: the cached form.
 
     Args:
       x: [b, q, query_dim].
       places: int32 [b, q], of the queries; query i sees key j at distance i - j + offset.
-      parts: of what is read.
+      keys, values: [b, kv heads, s, c].
+      mask: bool [b, q, s], who may read which.
+      key_places: int32 [b, s] or [1, s], for relative positions.
       of_distance: with relative positions `distance_keys` of limit - 1 + offset and down, as far
         as distances can occur, heads first: [h, distances, c].
       offset: see `places`.
       limit: places are less than that.
 
     Returns:
-      [b, q, query_dim]; 0 where every part is masked.
+      [b, q, query_dim]; 0 where all is masked.
     """
     q = self._heads(x, 'query')
     scale, by_key = q.shape[-1] ** -0.5, None
     if self.relative_positions:
       q, position = self._biased(q, scale)
-      index = jnp.concatenate([
-          limit - 1 - places[:, :, None] + part.places[:, None, :] for part in parts], -1)
+      index = limit - 1 - places[:, :, None] + key_places[:, None, :]
       index = jnp.clip(index, 0, of_distance.shape[1] - 1)
       by_key = attention_kernels.logits_by_key(position, of_distance, index)
     else:
       if self.positions == 'rotary':
         q = self._turned(q, places, offset, limit)
       q = q * jnp.asarray(scale, q.dtype)
-    return self._read_out(attention_kernels.over_parts(q, parts, by_key))
+    return self._read_out(attention_kernels.cached(q, keys, values, mask, by_key))
 
   def _turned(self, x: Array, places: Array, offset: int, limit: int) -> Array:
     """Rotary positions of rows at places + offset."""

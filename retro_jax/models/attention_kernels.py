@@ -14,8 +14,6 @@ Logits and softmax are float32 whatever the dtype of the heads.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -97,51 +95,30 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
   return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
-class Part(NamedTuple):
-  """Some of the keys and values that cached attention reads.
-
-  Attributes:
-    keys, values: [b, kv heads, s, c]: as products want them, for they are read at every token.
-    mask: bool [b, q, s], who may read which.
-    places: int32 [b, s] or [1, s], of the keys, for relative positions.
-  """
-  keys: Array
-  values: Array
-  mask: Array
-  places: Array
-
-
-def over_parts(q: Array, parts: Sequence[Part], by_key: Array | None) -> Array:
-  """Attention with one softmax over all parts; keys and values are not repeated for the heads.
+def cached(q: Array, keys: Array, values: Array, mask: Array, by_key: Array | None) -> Array:
+  """Attention to keys and values that lie ready; they are not repeated for the heads.
 
   Args:
     q: [b, q, h, c], scaled.
-    parts: of what is read.
-    by_key: float32 [b, h, q, all s], logits to add, or None.
+    keys, values: [b, kv heads, s, c]: as products want them, for they are read at every token.
+    mask: bool [b, q, s], who may read which.
+    by_key: float32 [b, h, q, s], logits to add, or None.
 
   Returns:
-    [b, q, h, c]; 0 in rows without True in any mask.
+    [b, q, h, c]; 0 in rows without True in the mask.
   """
   b, rows, heads, width = q.shape
-  groups = parts[0].keys.shape[1]
+  groups = keys.shape[1]
   grouped = q.reshape(b, rows, groups, heads // groups, width)
   # Keys come first and values last: otherwise XLA for CPUs transposes them at every call.
-  dimensions = ((3,), (4,)), ((0, 1), (0, 2))
-  logits = jnp.concatenate([
-      jax.lax.dot_general(part.keys, grouped, dimensions, preferred_element_type=jnp.float32)
-      for part in parts], 2)  # [b, g, s, q, j]
+  logits = jax.lax.dot_general(keys, grouped, (((3,), (4,)), ((0, 1), (0, 2))),
+                               preferred_element_type=jnp.float32)  # [b, g, s, q, j]
   logits = jnp.moveaxis(logits, 2, -1).swapaxes(2, 3)  # [b, g, j, q, s]
   if by_key is not None:
     logits += by_key.reshape(logits.shape)
-  mask = jnp.concatenate([part.mask for part in parts], -1)
   weights = masked_softmax(logits, mask[:, None, None]).astype(q.dtype)
-  mixed, first = 0, 0
-  for part in parts:
-    last = first + part.keys.shape[2]
-    # [b, g, j, q, s] x [b, g, s, c]
-    mixed += jax.lax.dot_general(weights[..., first:last], part.values,
-                                 (((4,), (2,)), ((0, 1), (0, 1))))
-    first = last
+  # [b, g, j, q, s] x [b, g, s, c]
+  mixed = jax.lax.dot_general(weights, values, (((4,), (2,)), ((0, 1), (0, 1))))
   return jnp.moveaxis(mixed, 3, 1).reshape(q.shape)
 
 

@@ -6,6 +6,9 @@ with another P. Reading and placing arrays is training/checkpoints.py's business
 """
 
 import dataclasses
+from collections.abc import Mapping
+
+import jax
 
 from retro_jax.models.config import RetroConfig, layer_plan
 
@@ -75,3 +78,20 @@ def origin(name: str, here: RetroConfig, there: RetroConfig) -> Origin:
         parts = tuple(Part(places[layer][0] + rest, places[layer][1]) for layer in layers)
         return Origin(parts, stacked=group != _ENTRY)
   return Origin((Part(name, None),), stacked=False)
+
+
+def by_layer(config: RetroConfig, parameters: Mapping[str, jax.Array]
+             ) -> tuple[dict[str, jax.Array], tuple[dict[str, jax.Array], ...]]:
+  """A model's parameters with the decoder's layers taken out of their stacks.
+
+  Returns:
+    those of no layer, by name, and those of each layer, 1 to L, by name within it.
+  """
+  shared, layers = dict(parameters), [{} for _ in range(config.num_layers)]
+  for group, numbers in groups(config).items():
+    for name in [name for name in shared if name.startswith(group + '.')]:
+      array = shared.pop(name)
+      for index, number in enumerate(numbers):
+        own = array if group == _ENTRY else array[index]
+        layers[number - 1][name.removeprefix(group + '.')] = own
+  return shared, tuple(layers)

@@ -7,6 +7,7 @@ Loss, optimizer and sharding are the trainer's.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -137,7 +138,7 @@ def init_parameters(config: RetroConfig, key: Array) -> Parameters:
 
 def parameter_axes(config: RetroConfig) -> dict[str, tuple[str, ...]]:
   """The logical axes of each parameter, 'layers' first where layers are stacked."""
-  _, state = _abstract(config)
+  _, state = _abstract(lambda: Retro(config, rngs=nnx.Rngs(params=0)))
   axes = {}
   for path, variable in nnx.to_flat_state(state):
     names = variable.get_metadata()['axes']
@@ -153,7 +154,12 @@ def is_matrix(name: str) -> bool:
 
 def build(config: RetroConfig, parameters: Parameters) -> Retro:
   """The module over the given arrays."""
-  structure, state = _abstract(config)
+  return filled(lambda: Retro(config, rngs=nnx.Rngs(params=0)), parameters)
+
+
+def filled(make: Callable[[], nnx.Module], parameters: Parameters) -> Any:
+  """The module that `make` makes, over the given arrays instead of fresh ones."""
+  structure, state = _abstract(make)
   flat = []
   for path, variable in nnx.to_flat_state(state):
     flat.append((path, variable.replace(parameters['.'.join(map(str, path))])))
@@ -166,6 +172,5 @@ def apply(config: RetroConfig, parameters: Parameters, tokens: Array, segments: 
   return build(config, parameters)(tokens, segments, retrieval)
 
 
-def _abstract(config: RetroConfig) -> tuple[Any, Any]:
-  model = nnx.eval_shape(lambda: Retro(config, rngs=nnx.Rngs(params=0)))
-  return nnx.split(model, nnx.Param)
+def _abstract(make: Callable[[], nnx.Module]) -> tuple[Any, Any]:
+  return nnx.split(nnx.eval_shape(make), nnx.Param)

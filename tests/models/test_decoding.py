@@ -44,8 +44,8 @@ class Player:
   """Reads rows through the two programs and keeps the logits of each place."""
 
   def __init__(self, config: RetroConfig, parameters, rows: list[Row], k: int):
-    self.config, self.parameters, self.rows, self.k = config, parameters, rows, k
-    self.tables = decoding.make_tables(config, parameters, WINDOW)
+    self.config, self.rows, self.k = config, rows, k
+    self.weights = decoding.prepare(config, parameters, WINDOW)
     self.cache = decoding.empty_cache(config, len(rows), WINDOW, k)
     # What an earlier request left behind must not show.
     rng = np.random.default_rng(9)
@@ -66,8 +66,8 @@ class Player:
     tokens[:count] = row.tokens[row.place:row.place + count]
     places = decoding.Places(*(np.array([x], np.int32) for x in (row.place, row.start, row.since)))
     self.cache, logits = decoding.extend(
-        self.config, self.parameters, self.tables, self.cache, np.int32(number), tokens,
-        np.int32(count), places, row.place == row.start, complete, found)
+        self.config, self.weights, self.cache, np.int32(number), tokens, np.int32(count), places,
+        row.place == row.start, complete, found)
     row.place += count
     row.since = 1 if complete else row.since + count
     self.logits[number][row.place - 1] = np.array(logits)
@@ -79,8 +79,8 @@ class Player:
     places = decoding.Places(pick(lambda row: row.place), pick(lambda row: row.start),
                              pick(lambda row: row.since))
     tokens = pick(lambda row: row.tokens[min(row.place, WINDOW - 1)])
-    self.cache, logits = decoding.advance(self.config, self.parameters, self.tables, self.cache,
-                                          tokens, places, active)
+    self.cache, logits = decoding.advance(self.config, self.weights, self.cache, tokens, places,
+                                          active)
     for number in numbers:
       row = self.rows[number]
       self.logits[number][row.place] = np.array(logits[number])
