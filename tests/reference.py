@@ -143,7 +143,7 @@ def self_attention(
 
 def chunked_cross_attention(
     p: Parameters, h: np.ndarray, encoded: np.ndarray, neighbor_mask: np.ndarray,
-    documents: Sequence[int], m: int) -> np.ndarray:
+    documents: Sequence[int], m: int, placeless: bool = False) -> np.ndarray:
   """CCA of equations 3 and 6, residual, one position at a time.
 
   Position pos = u m + i - 1 is row i of C_u^+ and reads E_u; with u = floor(pos / m) that
@@ -156,6 +156,7 @@ def chunked_cross_attention(
     neighbor_mask: bool [l, k, r].
     documents: [n], 0 for padding; a chunk's neighbours serve its own document only.
     m: chunk length.
+    placeless: distances do not count, the paper's ablation.
   """
   result = h.copy()
   inner = under(p, 'attention')
@@ -172,7 +173,7 @@ def chunked_cross_attention(
     result[pos - 1] += attention(
         inner, rms_norm(h[pos - 1:pos], p['norm.scale']), keys,
         may_read=lambda _, key: readable[key - 1],
-        distance=lambda _, key: i - ((key - 1) % r + 1) + m - 1)[0]
+        distance=None if placeless else lambda _, key: i - ((key - 1) % r + 1) + m - 1)[0]
   return result
 
 

@@ -42,7 +42,7 @@ class Attention(nnx.Module):
     Args:
       query_dim, context_dim: widths of the rows that ask and that are read.
       num_heads, head_dim: of the queries.
-      positions: 'relative', 'rotary', or 'learned' for none in here.
+      positions: 'relative', 'rotary', or 'none' ('learned': they are in what is read).
       output_scale: of the output's initial values.
       rngs: of the initial values.
       num_kv_heads: of keys and values, 0 for `num_heads`.
@@ -185,7 +185,7 @@ class Attention(nnx.Module):
     """What the kernels take: scaled queries, keys, and how distance enters if by logits."""
     rows, columns, dtype = q.shape[-3], k.shape[-3] // key_groups, q.dtype
     scale = q.shape[-1] ** -0.5
-    if self.positions == 'learned':
+    if self.positions in ('learned', 'none'):
       return q * jnp.asarray(scale, dtype), k, None
     if not self.relative_positions:
       by_group = k.reshape(*k.shape[:-3], key_groups, columns, *k.shape[-2:])

@@ -24,7 +24,7 @@ class ChunkedCrossAttention(nnx.Module):
     self.norm = RMSNorm(config.d_model, rngs=rngs)
     self.attention = Attention(
         config.d_model, config.encoder_d_model, config.num_heads, config.head_dim,
-        positions=config.positions_of_retrieval, output_scale=output_scale, rngs=rngs)
+        positions=config.positions_of_cca, output_scale=output_scale, rngs=rngs)
 
   def __call__(self, h: Array, encoded: Array, mask: Array) -> Array:
     """Applies CCA.

@@ -16,6 +16,7 @@ from retro_jax.models.attention_kernels import KERNELS, ROTARY_KERNELS
 _DTYPES = ('float32', 'bfloat16')
 _POSITIONS = ('relative', 'rotary', 'learned')
 _RETRIEVAL_POSITIONS = ('', 'relative', 'rotary')
+_CCA_POSITIONS = (*_RETRIEVAL_POSITIONS, 'none')
 _NORMS = ('rms', 'layer')
 _ACTIVATIONS = ('gelu', 'gelu_exact', 'silu')
 _REMAT = ('none', 'dots', 'projections', 'attention', 'full')
@@ -51,6 +52,7 @@ class RetroConfig:
       embeddings (GPT-2).
     retrieval_positions: 'relative' or 'rotary', of CCA and encoder; '' for those of the decoder,
       beside learned ones 'relative'.
+    cca_positions: of CCA alone: '' for `retrieval_positions`, or 'none', the paper's ablation.
     max_positions: rows of the table of 'learned' positions: the longest sequence.
     rotary_base: of the decoder's self-attention; CCA and encoder have 10,000.
     rotary_scaling: () or Llama 3's (factor, low_freq_factor, high_freq_factor,
@@ -91,6 +93,7 @@ class RetroConfig:
   remat: str = 'none'
   positions: str = 'relative'
   retrieval_positions: str = ''
+  cca_positions: str = ''
   max_positions: int = 0
   rotary_base: float = 10_000.0
   rotary_scaling: Sequence[float] = ()
@@ -136,7 +139,8 @@ class RetroConfig:
       raise ValueError(f'RetroConfig.share_embeddings needs d_model = encoder_d_model, '
                        f'got {self.d_model} and {self.encoder_d_model}')
     for field, known in (('dtype', _DTYPES), ('remat', _REMAT), ('positions', _POSITIONS),
-                         ('retrieval_positions', _RETRIEVAL_POSITIONS), ('norm', _NORMS),
+                         ('retrieval_positions', _RETRIEVAL_POSITIONS),
+                         ('cca_positions', _CCA_POSITIONS), ('norm', _NORMS),
                          ('activation', _ACTIVATIONS), ('attention_kernel', KERNELS)):
       value = getattr(self, field)
       if value not in known:
@@ -146,7 +150,7 @@ class RetroConfig:
           f'RetroConfig.attention_kernel = {self.attention_kernel!r} knows no relative positions; '
           "set RetroConfig.positions = 'rotary' (gin/models/rotary.gin), or "
           "RetroConfig.attention_kernel = 'blocked'")
-    rotary = 'rotary' in (self.positions, self.positions_of_retrieval)
+    rotary = 'rotary' in (self.positions, self.positions_of_retrieval, self.positions_of_cca)
     if rotary and (self.head_dim % 2 or self.encoder_head_dim % 2):
       raise ValueError('RetroConfig: rotary positions need an even head_dim')
     for field in ('attention_block', 'loss_block', 'num_kv_heads', 'max_positions'):
@@ -176,9 +180,14 @@ class RetroConfig:
 
   @property
   def positions_of_retrieval(self) -> str:
-    """'relative' or 'rotary': positions of CCA and encoder."""
+    """'relative' or 'rotary': positions of the encoder, and of CCA if it has no others."""
     own = 'relative' if self.positions == 'learned' else self.positions
     return self.retrieval_positions or own
+
+  @property
+  def positions_of_cca(self) -> str:
+    """'relative', 'rotary' or 'none'."""
+    return self.cca_positions or self.positions_of_retrieval
 
   @property
   def rows(self) -> int:

@@ -77,7 +77,7 @@ def forward_flops(config: RetroConfig, batch_size: int, sequence_length: int, *,
     d_encoder, inner = config.encoder_d_model, config.encoder_heads * config.encoder_head_dim
     cca = len(config.cca_layers) * attention(
         m, k * r, chunks, d, d_encoder, width, context_rows=retrieved, distances=m + r - 1,
-        key_groups=k)
+        key_groups=k, positions=config.positions_of_cca)
     encoder = config.encoder_layers * (
         attention(r, r, chunks * k, d_encoder, d_encoder, inner, context_rows=retrieved,
                   distances=2 * r - 1)

@@ -100,8 +100,16 @@ def replica_group(op: Op, num_devices: int) -> tuple[int, ...]:
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
     return _iota_group(int(match[2]), [int(d) for d in match[3].split(',')],
                        [int(d) for d in match[4].split(',')] if match[4] else None)
-  if match := re.search(r'replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}', text):
-    return _mesh_group(match[1], match[2])
+  if match := re.search(
+      r'replica_groups=mesh\[([^\]]*)\]'
+      r'(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}', text):
+    group = _mesh_group(match[1], match[4])
+    if not match[2]:
+      return group
+    dims = [int(d) for d in match[2].split(',')]
+    order = [int(d) for d in match[3].split(',')] if match[3] else None
+    devices = _iota_group(math.prod(dims), dims, order)
+    return tuple(sorted(devices[place] for place in group))
   raise ProgramError(f'unknown replica groups: {text[:160]}')
 
 
@@ -114,7 +122,7 @@ def _iota_group(size: int, dims: list[int], order: list[int] | None) -> tuple[in
 
 
 def _mesh_group(axes: str, used: str) -> tuple[int, ...]:
-  """The group of device 0 in mesh['a'=4,'b'=2] {'a', 'b':(1)2}.
+  """The group of place 0 in mesh['a'=4,'b'=2] {'a', 'b':(1)2}.
 
   'b':(p)s is a part of axis b: of its indices, seen as p x s x rest, the middle ones.
   """

@@ -1,5 +1,6 @@
 """CCA against a loop over positions, and which positions read which chunk's neighbours."""
 
+import dataclasses
 import functools
 
 import jax
@@ -51,6 +52,22 @@ def test_equals_the_loop_over_positions(m, r, chunks, k, documents):
         p, h[b].astype(np.float64), encoded[b].astype(np.float64), batch.mask[b],
         batch.segments[b], m)
     np.testing.assert_allclose(got[b], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_without_positions_equals_the_loop_and_knows_no_order():
+  config = tiny_models.tiny(cca_positions='none')
+  _, _, p = make(config)
+  assert not any('relative' in name or 'position' in name for name in p)
+  batch, h, encoded = inputs(config, 3, 4, 2, True)
+  got = run(config, batch, h, encoded)
+  for b in range(len(h)):
+    expected = reference.chunked_cross_attention(
+        p, h[b].astype(np.float64), encoded[b].astype(np.float64), batch.mask[b],
+        batch.segments[b], config.chunk_length, placeless=True)
+    np.testing.assert_allclose(got[b], expected, rtol=1e-5, atol=1e-5)
+  # The tokens of a neighbour may stand in any order.
+  turned = dataclasses.replace(batch, mask=batch.mask[..., ::-1])
+  np.testing.assert_allclose(run(config, turned, h, encoded[..., ::-1, :]), got, atol=1e-5)
 
 
 def test_position_p_reads_chunk_floor_p_over_m():

@@ -18,6 +18,8 @@ CONFIGS = {
     'rotary, grouped': tiny_models.tiny(
         positions='rotary', num_kv_heads=1, num_layers=5, cca_layers=(1, 3, 5), norm='layer',
         gated=True, activation='silu', rotary_scaling=(8., 1., 4., 8192.), tied_read=False),
+    'relative, none in CCA': tiny_models.tiny(cca_positions='none',
+                                              encoder_cross_attention_layers=()),
     'learned': tiny_models.tiny(
         positions='learned', max_positions=WINDOW, qkv_bias=True, output_bias=True, ffw_bias=True,
         padding_row=False),

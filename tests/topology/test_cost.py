@@ -179,6 +179,10 @@ GROUPS = {
     "replica_groups=mesh['a'=2,'b'=2] {'a','b'}": (0, 1, 2, 3),
     "replica_groups=mesh['a'=8,'b'=2] {'a':(1)2}": (0, 8),
     "replica_groups=mesh['a'=8,'b'=2] {'a':(2)4}": (0, 2, 4, 6),
+    # Places of the mesh in the order 0, 2, 1, 3 of devices.
+    "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'a'}": (0, 1),
+    "replica_groups=mesh['a'=2,'b'=2], device_ids=([2,2]T(1,0)) {'b'}": (0, 2),
+    "replica_groups=mesh['a'=2,'b'=2], device_ids=([4]) {'a'}": (0, 2),
     "source_target_pairs={{0,3},{3,0}}": (0, 3)}
 
 
