@@ -8,15 +8,20 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from retro_jax import configuration
 from retro_jax.errors import UserError
 from retro_jax.evaluation import ablations, gate, leakage, results, words
 from retro_jax.evaluation.ablations import EvaluationConfig, SweepConfig
 from retro_jax.evaluation.gate import GateConfig
 from retro_jax.evaluation.leakage import LeakageConfig
+from retro_jax.training import distributed
+from retro_jax.training.distributed import DistributedConfig
 from retro_jax.training.partitioning import MeshConfig
 
-CONFIGURABLES = (EvaluationConfig, SweepConfig, LeakageConfig, GateConfig, MeshConfig)
+CONFIGURABLES = (EvaluationConfig, SweepConfig, LeakageConfig, GateConfig, MeshConfig,
+                 DistributedConfig)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +41,7 @@ class EvaluateJob:
     words: whether to give the perplexity of words, by WikiText's convention.
     gate: what RETRO[ON] has to show, or None.
     mesh: devices.
+    distributed: how this process finds the others.
   """
   output: str
   retro: str
@@ -49,15 +55,19 @@ class EvaluateJob:
   words: bool = False
   gate: GateConfig | None = None
   mesh: MeshConfig = MeshConfig()
+  distributed: DistributedConfig = DistributedConfig()
 
 
 def evaluate(job: EvaluateJob) -> None:
   """Scores every setting there is material for and writes the results.
 
+  Processes of one job share the model's work; the first of them writes, to a folder that all see.
+
   Raises:
     UserError: models, examples and settings that do not fit each other.
     GateFailed: the results, which are written, do not pass the gate.
   """
+  distributed.join(job.distributed)
   settings = ablations.main_settings(
       job.retro, job.baseline, job.examples, job.random_examples, job.evaluation)
   more, left_out = ablations.sweep_settings(job.retro, job.examples, job.evaluation, job.sweep)
@@ -104,10 +114,11 @@ def evaluate(job: EvaluateJob) -> None:
   failed = gate.why_not_passed(job.gate, scores) if job.gate else None
   if job.gate:
     body['gate'] = {**dataclasses.asdict(job.gate), 'passed': failed is None, 'why': failed}
-  path = results.write(job.output, job, body)
-  for line in left_out:
-    print(f'evaluate: left out: {line}')
-  print(f'evaluate: wrote {path}')
+  if jax.process_index() == 0:
+    path = results.write(job.output, job, body)
+    for line in left_out:
+      print(f'evaluate: left out: {line}')
+    print(f'evaluate: wrote {path}')
   if failed:
     raise gate.GateFailed(failed)
 

@@ -1,5 +1,6 @@
-"""Real processes of one job: the batches and losses of one process, SIGTERM, and going on."""
+"""Real processes of one job: batches, losses and scores of one process, SIGTERM, and going on."""
 
+import json
 import os
 import signal
 import subprocess
@@ -8,11 +9,14 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.numpy
 
 from benchmarks import any_mesh
+from retro_jax.data.records import Examples
 from retro_jax.errors import Preempted
+from retro_jax.training import checkpoints
 from retro_jax.training.metrics import read_metrics
-from tests import worlds
+from tests import tiny_models, worlds
 
 ROOT = Path(__file__).resolve().parents[2]
 # Two layers: what takes the time is compiling.
@@ -34,6 +38,30 @@ def test_two_processes_see_and_learn_what_one_does(data, tmp_path, monkeypatch):
   assert any_mesh.compare(
       tmp_path / 'runs', str(data), SMALL, steps=4, batch_size=4, tolerance=1e-5,
       layouts=((1, 1, 1, 1, 1), (2, 2, 1, 2, 2)))
+
+
+def test_two_processes_score_as_one_does(data, tmp_path):
+  """From different meshes; what was scored before is taken from the disk."""
+  examples = Examples(data)
+  model = tiny_models.tiny(vocab_size=384, chunk_length=examples.shape.chunk_length)
+  checkpoints.write_model_description(tmp_path / 'model', model, examples.manifest['vocabulary'])
+  safetensors.numpy.save_file(tiny_models.parameters(model),
+                              tmp_path / 'model' / checkpoints.SAFETENSORS)
+  found = []
+  for folder, layout in (('one', ('1', '1')), ('two', ('2', '2')), ('one', ('2', '1'))):
+    done = subprocess.run(
+        ['launch/local_pod.sh', *layout, 'retro_jax.evaluate', '--gin_file=gin/runs/evaluate.gin',
+         f'--gin.RETRO={tmp_path}/model', f'--gin.EXAMPLES={data}', '--gin.MeshConfig.data=1',
+         f'--gin.OUTPUT={tmp_path}/{folder}', '--gin.BATCH_SIZE=4'],
+        cwd=ROOT, capture_output=True, text=True, check=False, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count('evaluate: wrote') == 1
+    results = json.loads((tmp_path / folder / 'results.json').read_text())
+    found.append((results['bits_per_byte'], done.stdout))
+  (one, _), (two, _), (again, printed) = found
+  assert one.keys() == {'retro_on', 'retro_off'} and one['retro_on'] != one['retro_off']
+  assert two == pytest.approx(one, rel=1e-6) and again == one
+  assert 'in 0 s' in printed  # nothing was computed
 
 
 def test_sigterm_saves_and_the_same_command_goes_on_elsewhere(data, tmp_path):
