@@ -95,7 +95,7 @@ class Op:
     """Computations this op runs; reducers and conditions, a few scalars each, left out."""
     keys = {'while': ('body',)}.get(
         self.opcode, ('calls', 'async_computation', 'called_computation', 'true_computation',
-                      'false_computation') + (('to_apply',) if self.opcode == 'call' else ()))
+                      'false_computation') + (('to_apply',) if self.opcode in ('call', 'call-start') else ()))
     names = [name for key in keys if (name := self.attribute(key))]
     for key in ('branch_computations', 'called_computations'):
       if match := re.search(rf'{key}=\{{([^}}]*)\}}', self.attributes):

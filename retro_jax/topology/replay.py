@@ -34,7 +34,8 @@ _FREE = frozenset((
     'copy-start', 'copy-done', 'slice-start', 'slice-done', 'dynamic-slice-start',
     'dynamic-slice-done', 'dynamic-update-slice-start', 'dynamic-update-slice-done'))
 _FREE_CALLS = frozenset((*COLLECTIVE_CALLS, 'ConcatBitcast', 'AssumeGatherIndicesInBound',
-                         'GatherScatterIndicesBitpacked', 'Sharding', 'AllocateBuffer'))
+                         'GatherScatterIndicesBitpacked', 'Sharding', 'AllocateBuffer',
+                         'PrepareAsyncCallStart', 'PrepareAsyncCallDone'))
 _PALLAS = 'tpu_custom_call'
 # Attributes of `Replay` that add up.
 _SUMS = ('rows', 'traffic', 'loops', 'pallas', 'unknown_kernels', 'without_cycles', 'unmodelled',

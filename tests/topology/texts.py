@@ -144,7 +144,7 @@ ENTRY %main (q: bf16[8,512,128]) -> bf16[8,512,128] {{
   %q = bf16[8,512,128]{{2,1,0:T(8,128)(2,1)}} parameter(0)
   %k = bf16[8,512,128]{{2,1,0:T(8,128)(2,1)}} parameter(1)
   %s0 = f32[256,128]{{1,0:T(8,128)}} parameter(2)
-  %call-start = ((f32[256,128]{{1,0}}), f32[1024,128]{{1,0}}, s32[]) call-start(%s0), to_apply=%sparse, async_execution_thread="sparsecore", calls=%sparse
+  %call-start = ((f32[256,128]{{1,0}}), f32[1024,128]{{1,0}}, s32[]) call-start(%s0), async_execution_thread="sparsecore", to_apply=%sparse
   %splash_mha_fwd_residuals.3 = (f32[8,512]{{1,0}}, bf16[8,512,128]{{2,1,0:T(8,128)(2,1)}}) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={{kernel_metadata={{
 "xprof_metadata": "{{\\"block_q\\": 512}}",
 "note": "a }} in a string,
