@@ -93,9 +93,12 @@ class Op:
   @functools.cached_property
   def called(self) -> tuple[str, ...]:
     """Computations this op runs; reducers and conditions, a few scalars each, left out."""
-    keys = {'while': ('body',)}.get(
-        self.opcode, ('calls', 'async_computation', 'called_computation', 'true_computation',
-                      'false_computation') + (('to_apply',) if self.opcode in ('call', 'call-start') else ()))
+    keys = ('calls', 'async_computation', 'called_computation', 'true_computation',
+            'false_computation')
+    if self.opcode in ('call', 'call-start'):
+      keys += ('to_apply',)
+    if self.opcode == 'while':
+      keys = ('body',)
     names = [name for key in keys if (name := self.attribute(key))]
     for key in ('branch_computations', 'called_computations'):
       if match := re.search(rf'{key}=\{{([^}}]*)\}}', self.attributes):
