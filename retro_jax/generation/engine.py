@@ -275,7 +275,7 @@ class Engine:
       if part.completes:
         read[0, 0] = slot.retrieved[slot.base + slot.place + part.count].tokens
       found = retro.Retrieval(read, read != PAD_ID)
-    tokens = np.zeros(config.chunk_length, np.int32)
+    tokens = np.zeros(1 if part.count == 1 else config.chunk_length, np.int32)
     tokens[:part.count] = [slot.token(slot.place + i) for i in range(part.count)]
     places = decoding.Places(*np.array([[slot.place], [slot.start], [slot.since]], np.int32))
     self._cache, logits = decoding.extend(

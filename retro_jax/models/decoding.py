@@ -3,8 +3,9 @@
 The same mathematics as `Retro.hidden`, for rows (requests) that stand at different places of
 their windows. A `Cache` keeps for every layer the keys and values of the tokens, for every CCA
 layer those of the neighbours being read, and the last m rows of H, which condition the encoder.
-Two programs change it, each compiled once: `advance`, one token for every row that reads no new
-neighbours with it, and `extend`, up to m tokens of one row, with which neighbours may come.
+Two functions change it: `advance`, one token for every row that reads no new neighbours with it, and
+`extend`, some tokens of one row, with which neighbours may come. They are compiled for each shape:
+`extend` for m tokens, of prompts, and for 1.
 Where rows stand is known to the caller (generation/engine.py); nothing here counts.
 
 Layers are not stacked and scanned as in decoder.py but lie one by one (`Weights`): a step would
@@ -167,7 +168,7 @@ def extend(config: RetroConfig, weights: Weights, cache: Cache, row: Array, toke
     weights: of the model and the window.
     cache: given up for the one returned.
     row: which.
-    tokens: int32 [m], the first `count` of which are read.
+    tokens: int32 [t], the first `count` of which are read; t is 1 to m.
     count: at least 1.
     places: of this row, each [1].
     fresh: whether the row begins here, and reads none of the neighbours that lie there.
@@ -181,7 +182,7 @@ def extend(config: RetroConfig, weights: Weights, cache: Cache, row: Array, toke
   m = config.chunk_length
   own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)
   put = lambda x, value: jax.lax.dynamic_update_slice_in_dim(x, value, row, 0)
-  read = (jnp.arange(m) < count)[None]
+  read = (jnp.arange(len(tokens)) < count)[None]
   if found is None:
     run = _Run(config, places, row[None], read)
     model, kept, hidden, _ = run(weights, tokens[None], cache.layers)

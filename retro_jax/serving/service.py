@@ -92,14 +92,14 @@ class Service:
     return len(self._warm) == len(self.engines) and all(self._warm.values())
 
   def start(self, chunk_length: int) -> None:
-    """Starts the engines' threads and lets each write a few tokens, which compiles everything."""
+    """Starts the engines' threads and lets each write a chunk, which compiles what it needs."""
     for name, engine in self.engines.items():
       thread = threading.Thread(target=engine.serve, args=(self._stop,), daemon=True,
                                 name=f'engine {name}')
       thread.start()
       self._threads.append(thread)
-      # A prompt that is longer than a chunk is read by both programs and retrieves.
-      engine.submit(Request('\n'.join('ab' * chunk_length), max_new_tokens=2),
+      # A prompt longer than a chunk retrieves, and so does the token that ends one.
+      engine.submit(Request('\n'.join('ab' * chunk_length), max_new_tokens=chunk_length + 1),
                     functools.partial(self._warmed, name))
 
   def stop(self) -> None:
