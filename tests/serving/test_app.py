@@ -1,6 +1,7 @@
 """The whole server on a real socket, with real engines over two real databases."""
 
 import contextlib
+import functools
 import json
 import re
 import socket
@@ -34,15 +35,19 @@ LIMITS = LimitsConfig(body_bytes=10_000, header_bytes=4_000, prompt_tokens=300, 
                       waiting=WAITING, arrival_seconds=2, answer_seconds=60, drain_seconds=20)
 
 
+@functools.cache
+def parameters():
+  """Of a model whose texts never end by themselves."""
+  made = random_parameters(make_config())
+  table = np.array(made['embedding.table'])
+  table[EOS_ID] = 0
+  return made | {'embedding.table': jnp.asarray(table)}
+
+
 @pytest.fixture(scope='module')
 def engines(tmp_path_factory) -> dict[str, Engine]:
   """One engine a database; the second database is made of attacks on who reads it."""
   folder = tmp_path_factory.mktemp('databases')
-  config = make_config()
-  parameters = random_parameters(config)
-  table = np.array(parameters['embedding.table'])
-  table[EOS_ID] = 0  # no text ends by itself
-  parameters |= {'embedding.table': jnp.asarray(table)}
   attacks = [Document(f'{i} {attack}', f'{attack} of a model layer {attack}', title=attack)
              for i, attack in enumerate(hostile.ATTACKS)]
   made = {}
@@ -50,7 +55,7 @@ def engines(tmp_path_factory) -> dict[str, Engine]:
     database = worlds.store(folder / name, rows)
     index = pipeline.build_index(folder / f'{name}-index', database)
     retriever = LiveRetriever(database, index, worlds.embedder(), worlds.vocabulary(), K)
-    made[name] = Engine(config, parameters, worlds.vocabulary(), retriever, slots=SLOTS,
+    made[name] = Engine(make_config(), parameters(), worlds.vocabulary(), retriever, slots=SLOTS,
                         window=WINDOW)
   return made
 
@@ -93,8 +98,8 @@ def complete(url: str, **fields) -> tuple[int, dict]:
 def alone(engines, fields: dict, name: str = 'calm'):
   """The same request at an engine that nobody serves: what the server must write."""
   engine = engines[name]
-  fresh = Engine(engine._config, engine._parameters, worlds.vocabulary(), engine._retriever,
-                 slots=SLOTS, window=WINDOW)
+  fresh = Engine(make_config(), parameters(), worlds.vocabulary(), engine._retriever, slots=SLOTS,
+                 window=WINDOW)
   return fresh.generate(Request(**fields))
 
 
@@ -263,8 +268,8 @@ def test_a_full_queue_refuses_and_clients_that_leave_free_it(url, engines):
 
 def test_an_answer_that_takes_too_long_ends(engines):
   engine = engines['calm']
-  fresh = Engine(engine._config, engine._parameters, worlds.vocabulary(), engine._retriever,
-                 slots=SLOTS, window=WINDOW)
+  fresh = Engine(make_config(), parameters(), worlds.vocabulary(), engine._retriever, slots=SLOTS,
+                 window=WINDOW)
   limits = LimitsConfig(max_tokens=1_000_000, answer_seconds=1, arrival_seconds=30)
   with serving({'calm': fresh}, limits) as url:
     request = {'prompt': PROMPT, 'max_tokens': 1_000_000, 'temperature': 0}
