@@ -3,9 +3,9 @@
 The same mathematics as `Retro.hidden`, for rows (requests) that stand at different places of
 their windows. A `Cache` keeps for every layer the keys and values of the tokens, for every CCA
 layer those of the neighbours being read, and the last m rows of H, which condition the encoder.
-Two functions change it: `advance`, one token for every row that reads no new neighbours with it, and
-`extend`, some tokens of one row, with which neighbours may come. They are compiled for each shape:
-`extend` for m tokens, of prompts, and for 1.
+Two functions change it: `advance`, one token for every row that reads no new neighbours with it,
+and `extend`, some tokens of one row, with which neighbours may come. They are compiled for each
+shape: `extend` for m tokens, of prompts, and for 1.
 Where rows stand is known to the caller (generation/engine.py); nothing here counts.
 
 Layers are not stacked and scanned as in decoder.py but lie one by one (`Weights`): a step would
