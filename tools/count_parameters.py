@@ -38,13 +38,13 @@ class CountJob:
   model: RetroConfig
 
 
-def model(name: str) -> RetroConfig:
-  """The config in `gin/models/{name}.gin`.
+def model(name: str, *overlays: str) -> RetroConfig:
+  """The config in `gin/models/{name}.gin`, changed by files that come after it.
 
   Raises:
     UserError: no such file, or settings that do not resolve.
   """
-  line = configuration.CommandLine((f'gin/models/{name}.gin',),
+  line = configuration.CommandLine((f'gin/models/{name}.gin', *overlays),
                                    (('CountJob.model', '@RetroConfig()'),), False)
   return configuration.resolve(CountJob, (RetroConfig,), line).model
 

@@ -180,16 +180,14 @@ def extend(config: RetroConfig, weights: Weights, cache: Cache, row: Array, toke
     cache, and float32 logits [V] about the token after the last one.
   """
   m = config.chunk_length
-  own = lambda x: jax.lax.dynamic_slice_in_dim(x, row, 1)
-  put = lambda x, value: jax.lax.dynamic_update_slice_in_dim(x, value, row, 0)
   read = (jnp.arange(len(tokens)) < count)[None]
   if found is None:
     run = _Run(config, places, row[None], read)
     model, kept, hidden, _ = run(weights, tokens[None], cache.layers)
     return Cache(kept), model.read(hidden[0, count - 1])
 
-  mask, recent, found_mask = own(cache.neighbor_mask) & ~fresh, own(cache.recent), (
-      found.mask.reshape(1, -1))
+  recent, found_mask = _row(cache.recent, row), found.mask.reshape(1, -1)
+  mask = _row(cache.neighbor_mask, row) & ~fresh
   last = places.place + count - m + jnp.arange(m)  # places of the last m tokens
   # A token before this call has its H in the cache, even if it is of an earlier chunk.
   h_mask = (last >= places.start[0])[None, None]
@@ -201,9 +199,9 @@ def extend(config: RetroConfig, weights: Weights, cache: Cache, row: Array, toke
 
   run = _Run(config, places, row[None], read, mask, encode, complete, count - 1, found_mask)
   model, kept, hidden, h = run(weights, tokens[None], cache.layers)
-  return Cache(kept, put(cache.recent, _last(recent, h, count)),
-               put(cache.neighbor_mask, jnp.where(complete, found_mask, mask))
-               ), model.read(hidden[0, count - 1])
+  cache = Cache(kept, _with_row(cache.recent, _last(recent, h, count), row),
+                _with_row(cache.neighbor_mask, jnp.where(complete, found_mask, mask), row))
+  return cache, model.read(hidden[0, count - 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,9 +235,8 @@ class _Run:
     layers, dtype = _layers(self.config, weights.layers), self.config.compute_dtype
     x = model.embedding(tokens, dtype)
     if model.position_embedding is not None:
-      window = caches[0].keys.shape[2]
-      x += model.position_embedding(
-          self._own_places(window) - self.places.start[:, None], dtype)
+      own = jnp.minimum(self._own_places, caches[0].keys.shape[2] - 1)
+      x += model.position_embedding(own - self.places.start[:, None], dtype)
     kept, h, encoded = [], None, None
     for number, (layer, cache, table) in enumerate(zip(layers, caches, weights.tables), start=1):
       x, cache = self._attend(layer.attention, x, cache, table[0])
@@ -252,16 +249,14 @@ class _Run:
       kept.append(cache)
     return model, tuple(kept), model.decoder.norm(x), h
 
-  def _own_places(self, window: int) -> Array:
-    """Places of the tokens, int32 [b, t]; those of unread ones stay inside the window."""
-    t = jnp.arange(self.read.shape[1])
-    return jnp.minimum(self.places.place[:, None] + t, window - 1)
+  @property
+  def _own_places(self) -> Array:
+    """Places of the tokens, int32 [b, t]; those of unread ones may lie beyond the window."""
+    return self.places.place[:, None] + jnp.arange(self.read.shape[1])
 
   def _of_rows(self, x: Array) -> Array:
     """This pass's rows of a cache."""
-    if len(self.rows) == len(x):
-      return x
-    return jax.lax.dynamic_slice_in_dim(x, self.rows[0], 1)
+    return x if len(self.rows) == len(x) else _row(x, self.rows[0])
 
   def _attend(self, attention: SelfAttention, x: Array, cache: LayerCache,
               of_distance: Array | None) -> tuple[Array, LayerCache]:
@@ -270,7 +265,7 @@ class _Run:
     Not the other way around: a cache that is read after it was changed is changed in place.
     """
     window = cache.keys.shape[2]
-    own, order = self._own_places(window), jnp.arange(window)
+    own, order = jnp.minimum(self._own_places, window - 1), jnp.arange(window)
     normed = attention.norm(x)
     keys, values = attention.attention.keys_and_values(normed, own, window)
     cache = dataclasses.replace(cache, keys=self._with_tokens(cache.keys, keys),
@@ -283,8 +278,7 @@ class _Run:
 
   def _with_tokens(self, x: Array, value: Array) -> Array:
     """A cache with what its rows' tokens gave, [b, kv heads, t, c]."""
-    t = jnp.arange(self.read.shape[1])
-    places = jnp.where(self.read, self.places.place[:, None] + t, x.shape[2])
+    places = jnp.where(self.read, self._own_places, x.shape[2])
     at = self.rows[:, None, None], jnp.arange(x.shape[1])[:, None], places[:, None]
     return x.at[at].set(value, mode='drop')  # beyond the window: dropped
 
@@ -314,8 +308,8 @@ class _Run:
     asking = jax.lax.dynamic_slice_in_dim(normed, self.last, 1, 1)
     first = read(asking, jnp.zeros((len(x), 1), jnp.int32), *new, self.found_mask)
     here = (jnp.arange(t) == self.last)[None, :, None] & self.complete
-    put = lambda whole, mine, other: jax.lax.dynamic_update_slice_in_dim(
-        whole, jnp.where(self.complete, mine, other), self.rows[0], 0)
+    put = lambda whole, mine, other: _with_row(
+        whole, jnp.where(self.complete, mine, other), self.rows[0])
     cache = dataclasses.replace(
         cache, neighbor_keys=put(cache.neighbor_keys, new[0], old[0]),
         neighbor_values=put(cache.neighbor_values, new[1], old[1]))
@@ -333,6 +327,16 @@ def _layers(config: RetroConfig, parameters: Sequence[retro.Parameters]) -> list
   return [retro.filled(
       lambda: DecoderLayer(config, retro=number in config.cca_layers, rngs=nnx.Rngs(params=0)),
       own) for number, own in enumerate(parameters, start=1)]
+
+
+def _row(x: Array, row: Array) -> Array:
+  """One row of a cache, [1, ...]."""
+  return jax.lax.dynamic_slice_in_dim(x, row, 1)
+
+
+def _with_row(x: Array, value: Array, row: Array) -> Array:
+  """A cache with another row."""
+  return jax.lax.dynamic_update_slice_in_dim(x, value, row, 0)
 
 
 def _last(recent: Array, h: Array, count: Array) -> Array:

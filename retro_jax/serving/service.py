@@ -92,15 +92,16 @@ class Service:
     return len(self._warm) == len(self.engines) and all(self._warm.values())
 
   def start(self, chunk_length: int) -> None:
-    """Starts the engines' threads and lets each write a chunk, which compiles what it needs."""
+    """Starts the engines' threads and lets each write a few tokens, which compiles everything."""
     for name, engine in self.engines.items():
       thread = threading.Thread(target=engine.serve, args=(self._stop,), daemon=True,
                                 name=f'engine {name}')
       thread.start()
       self._threads.append(thread)
-      # A prompt longer than a chunk retrieves, and so does the token that ends one.
-      engine.submit(Request('\n'.join('ab' * chunk_length), max_new_tokens=chunk_length + 1),
-                    functools.partial(self._warmed, name))
+      # A prompt longer than a chunk, then tokens of which every other one retrieves.
+      request = Request('\n'.join('ab' * chunk_length), max_new_tokens=4,
+                        retrieval_step=min(2, chunk_length))
+      engine.submit(request, functools.partial(self._warmed, name))
 
   def stop(self) -> None:
     """Lets the engines finish their step and end."""

@@ -98,27 +98,25 @@ def replica_group(op: Op, num_devices: int) -> tuple[int, ...]:
   if match := re.search(r'replica_groups=\{\{([\d,]+)\}', text):
     return tuple(int(i) for i in match[1].split(','))
   if match := re.search(r'replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?', text):
-    return _iota_group(int(match[2]), [int(d) for d in match[3].split(',')],
-                       [int(d) for d in match[4].split(',')] if match[4] else None)
+    return _iota(match[3], match[4])[:int(match[2])]
   if match := re.search(
       r'replica_groups=mesh\[([^\]]*)\]'
       r'(?:,\s*device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?\s*\{([^}]*)\}', text):
     group = _mesh_group(match[1], match[4])
     if not match[2]:
       return group
-    dims = [int(d) for d in match[2].split(',')]
-    order = [int(d) for d in match[3].split(',')] if match[3] else None
-    devices = _iota_group(math.prod(dims), dims, order)
+    devices = _iota(match[2], match[3])
     return tuple(sorted(devices[place] for place in group))
   raise ProgramError(f'unknown replica groups: {text[:160]}')
 
 
-def _iota_group(size: int, dims: list[int], order: list[int] | None) -> tuple[int, ...]:
-  """The first group of iota(dims), transposed by `order`, cut into groups of `size`."""
-  order = order or list(range(len(dims)))
-  strides = [math.prod(dims[i + 1:]) for i in range(len(dims))]
-  ids = itertools.product(*(range(0, dims[i] * strides[i], strides[i]) for i in order))
-  return tuple(sum(offsets) for offsets in itertools.islice(ids, size))
+def _iota(dims: str, order: str | None) -> tuple[int, ...]:
+  """All ids of [dims]T(order): iota(dims), transposed."""
+  sizes = [int(size) for size in dims.split(',')]
+  axes = [int(axis) for axis in order.split(',')] if order else range(len(sizes))
+  strides = [math.prod(sizes[i + 1:]) for i in range(len(sizes))]
+  ids = itertools.product(*(range(0, sizes[i] * strides[i], strides[i]) for i in axes))
+  return tuple(sum(offsets) for offsets in ids)
 
 
 def _mesh_group(axes: str, used: str) -> tuple[int, ...]:

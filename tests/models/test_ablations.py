@@ -5,8 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from retro_jax import configuration
-from retro_jax.models.config import RetroConfig
 from tools import count_parameters
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -20,18 +18,12 @@ TABLE_13 = {'no_query_conditioning': 0.829, 'no_cca_positions': 0.826, 'shared_e
             'rotary_positions': None, 'separate_embeddings': None}
 
 
-def model(name: str, *overlays: str) -> RetroConfig:
-  """The model of a file in gin/models with overlays after it."""
-  files = f'gin/models/{name}.gin', *(f'gin/ablations/{overlay}.gin' for overlay in overlays)
-  line = configuration.CommandLine(files, (('CountJob.model', '@RetroConfig()'),), False)
-  return configuration.resolve(count_parameters.CountJob, (RetroConfig,), line).model
-
-
 @pytest.mark.parametrize('overlay', OVERLAYS)
 def test_each_changes_a_model(overlay):
   changes_back = {'separate_embeddings': 'retro_study', 'relative_positions': 'retro_study'}
   name = changes_back.get(overlay, 'retro_172m')
-  assert model(name, overlay) != model(name)
+  assert count_parameters.model(name, f'gin/ablations/{overlay}.gin') != (
+      count_parameters.model(name))
 
 
 @pytest.mark.parametrize('overlay', OVERLAYS)

@@ -43,7 +43,7 @@ class Row:
 
 
 class Player:
-  """Reads rows through the two programs and keeps the logits of each place."""
+  """Reads rows through the two functions and keeps the logits of each place."""
 
   def __init__(self, config: RetroConfig, parameters, rows: list[Row], k: int):
     self.config, self.rows, self.k = config, rows, k

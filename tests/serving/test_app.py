@@ -44,6 +44,11 @@ def parameters():
   return made | {'embedding.table': jnp.asarray(table)}
 
 
+def engine_over(retriever: LiveRetriever) -> Engine:
+  return Engine(make_config(), parameters(), worlds.vocabulary(), retriever, slots=SLOTS,
+                window=WINDOW)
+
+
 @pytest.fixture(scope='module')
 def engines(tmp_path_factory) -> dict[str, Engine]:
   """One engine a database; the second database is made of attacks on who reads it."""
@@ -55,8 +60,7 @@ def engines(tmp_path_factory) -> dict[str, Engine]:
     database = worlds.store(folder / name, rows)
     index = pipeline.build_index(folder / f'{name}-index', database)
     retriever = LiveRetriever(database, index, worlds.embedder(), worlds.vocabulary(), K)
-    made[name] = Engine(make_config(), parameters(), worlds.vocabulary(), retriever, slots=SLOTS,
-                        window=WINDOW)
+    made[name] = engine_over(retriever)
   return made
 
 
@@ -97,10 +101,7 @@ def complete(url: str, **fields) -> tuple[int, dict]:
 
 def alone(engines, fields: dict, name: str = 'calm'):
   """The same request at an engine that nobody serves: what the server must write."""
-  engine = engines[name]
-  fresh = Engine(make_config(), parameters(), worlds.vocabulary(), engine._retriever, slots=SLOTS,
-                 window=WINDOW)
-  return fresh.generate(Request(**fields))
+  return engine_over(engines[name]._retriever).generate(Request(**fields))
 
 
 @pytest.mark.parametrize('name, asked, request_fields', [
@@ -267,9 +268,7 @@ def test_a_full_queue_refuses_and_clients_that_leave_free_it(url, engines):
 
 
 def test_an_answer_that_takes_too_long_ends(engines):
-  engine = engines['calm']
-  fresh = Engine(make_config(), parameters(), worlds.vocabulary(), engine._retriever, slots=SLOTS,
-                 window=WINDOW)
+  fresh = engine_over(engines['calm']._retriever)
   limits = LimitsConfig(max_tokens=1_000_000, answer_seconds=1, arrival_seconds=30)
   with serving({'calm': fresh}, limits) as url:
     request = {'prompt': PROMPT, 'max_tokens': 1_000_000, 'temperature': 0}

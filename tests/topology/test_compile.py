@@ -10,19 +10,17 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
-import retro_jax
 from retro_jax.models import flops
 from retro_jax.models.config import RetroConfig
 from retro_jax.topology import chips, program, replay
 from retro_jax.topology import compile as compiling
 from retro_jax.training.compiler import CompilerConfig
 from tests import tiny_models
+from tests.topology.tool import ROOT, call, model_file
 
-ROOT = Path(retro_jax.__file__).parents[1]
 SMALL = dict(vocab_size=4096, d_model=512, num_layers=4, num_heads=8, head_dim=64,
              cca_layers=(2, 4), encoder_d_model=256, encoder_layers=1, encoder_heads=4,
              encoder_head_dim=64, dtype='bfloat16', attention_kernel='einsum')
@@ -31,18 +29,9 @@ EXPECTED_COUNTS = {'all-gather': 86, 'all-reduce': 7, 'all-to-all': 2,
                    'collective-permute': 146, 'reduce-scatter': 2}
 
 
-def call(*arguments, **environment):
-  return subprocess.run(
-      [sys.executable, 'tools/compile_for_topology.py', *map(str, arguments)], cwd=ROOT, text=True,
-      capture_output=True, check=False,
-      env={**os.environ, 'PYTHONPATH': str(ROOT), 'XLA_FLAGS': '', **environment})
-
-
 @pytest.fixture(scope='module')
 def gin_file(tmp_path_factory):
-  path = tmp_path_factory.mktemp('gin') / 'small.gin'
-  path.write_text(''.join(f'RetroConfig.{name} = {value!r}\n' for name, value in SMALL.items()))
-  return path
+  return model_file(tmp_path_factory.mktemp('gin') / 'small.gin', SMALL)
 
 
 @pytest.fixture(scope='module')
@@ -118,9 +107,8 @@ def test_full_recomputation_shows_in_the_flops(tmp_path):
   pytest.importorskip('libtpu')
   settings = dict(vocab_size=512, d_model=128, num_layers=4, num_heads=2, head_dim=64,
                   cca_layers=(), dtype='bfloat16', remat='full', attention_kernel='einsum')
-  (tmp_path / 'm.gin').write_text(
-      ''.join(f'RetroConfig.{name} = {value!r}\n' for name, value in settings.items()))
-  result = call('--topology=v5e:2x2', f'--gin_file={tmp_path}/m.gin', '--gin.BATCH_SIZE=8',
+  file = model_file(tmp_path / 'm.gin', settings)
+  result = call('--topology=v5e:2x2', f'--gin_file={file}', '--gin.BATCH_SIZE=8',
                 '--gin.SEQUENCE_LENGTH=256', f'--output={tmp_path}/out.json')
   assert result.returncode == 0, result.stderr[-3000:]
   report = json.loads((tmp_path / 'out.json').read_text())

@@ -9,13 +9,11 @@ of the step below. A new libtpu, or other options, are to be looked at before it
 
 import json
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.topology.tool import ROOT, call, model_file
+
 MACHINES = ('v4', 'v5e', 'v5p', 'v6e', 'tpu7x')
 SMALL = dict(vocab_size=1024, d_model=256, num_layers=2, num_heads=2, head_dim=128, cca_layers=(),
              positions='rotary', attention_kernel='einsum')
@@ -27,13 +25,10 @@ def test_the_small_step(name, tmp_path):
   text = (ROOT / 'gin' / 'machines' / f'{name}.gin').read_text()
   stated = re.search(r'Small step on (\S+): ([\d.]+) MiB a device, (.*)\.$', text, re.MULTILINE)
   counts = dict(part.split() for part in stated[3].split(', '))
-  (tmp_path / 'model.gin').write_text(
-      ''.join(f'RetroConfig.{key} = {value!r}\n' for key, value in SMALL.items()))
-  found = subprocess.run(
-      [sys.executable, 'tools/compile_for_topology.py', f'--topology={stated[1]}',
-       f'--gin_file={tmp_path}/model.gin', f'--gin_file=gin/machines/{name}.gin',
-       '--gin.BATCH_SIZE=16', '--gin.SEQUENCE_LENGTH=256', f'--output={tmp_path}/out.json'],
-      cwd=ROOT, capture_output=True, text=True, check=False)
+  found = call(
+      f'--topology={stated[1]}', f"--gin_file={model_file(tmp_path / 'model.gin', SMALL)}",
+      f'--gin_file=gin/machines/{name}.gin', '--gin.BATCH_SIZE=16', '--gin.SEQUENCE_LENGTH=256',
+      f'--output={tmp_path}/out.json')
   assert found.returncode == 0, found.stderr[-3000:]
   report = json.loads((tmp_path / 'out.json').read_text())
   assert report['fits']
