@@ -197,6 +197,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
               else LexicalEmbedder(arguments.dimension))
   retriever = LiveRetriever(database, Index.open(arguments.index, database), embedder, vocabulary,
                             K)
+  retriever.warm_up(1)
   m = config.chunk_length
   # The whole text fits, so that nothing is read twice.
   window = (2 + -(-arguments.tokens // m)) * m

@@ -189,8 +189,11 @@ class Engine:
   def serve(self, stop: threading.Event) -> None:
     """Steps for as long as the process lives or until `stop` is set; sleeps when idle.
 
-    A step that fails ends the requests it worked on, each of which raises, not the loop.
+    A step that fails ends the requests it worked on, each of which raises, not the loop. Neighbours
+    are found without waiting for the compiler; until it is done with that, requests wait.
     """
+    if self._retriever is not None:
+      self._retriever.warm_up(self.slots)
     while not stop.is_set():
       try:
         busy = self.step()

@@ -104,6 +104,10 @@ class LiveRetriever:
                       f'{folder} gives {2 * config.chunk_length} (chunk and continuation); '
                       'use a model with retrieved_length = 2 chunk_length')
 
+  def warm_up(self, chunks: int) -> None:
+    """Compiles what `neighbors_of` up to so many chunks needs, which else its first calls do."""
+    self._embedder.warm_up(chunks)
+
   def neighbors(self, chunk_tokens: np.ndarray) -> FoundNeighbors:
     """`neighbors_of` one chunk [m]."""
     return self.neighbors_of(np.asarray(chunk_tokens)[None])[0]

@@ -29,6 +29,9 @@ class Embedder(Protocol):
             on_progress: Callable[[int], None] | None = None) -> np.ndarray:
     """float32 [N, d0] in the order of `texts`; `on_progress` gets numbers of texts done."""
 
+  def warm_up(self, texts: int) -> None:
+    """Compiles what `embed` needs for up to so many texts of any length."""
+
 
 class EmbedderBase(abc.ABC):
   """What all embedders share: the fingerprint, and pickling without loaded state."""
@@ -40,6 +43,10 @@ class EmbedderBase(abc.ABC):
   @abc.abstractmethod
   def describe(self) -> dict[str, Any]:
     """See `Embedder.describe`."""
+
+  def warm_up(self, texts: int) -> None:
+    """See `Embedder.warm_up`; most have nothing to compile."""
+    del texts
 
   def __getstate__(self) -> dict[str, Any]:
     return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}

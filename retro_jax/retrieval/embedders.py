@@ -130,6 +130,19 @@ class BertEmbedder(EmbedderBase):
         self._collect(batch, start, vectors, on_progress)
     return vectors
 
+  def warm_up(self, texts: int) -> None:
+    import jax
+
+    parameters, batch_sharding, forward = self._loaded
+    devices = batch_sharding.num_devices
+    for bucket in self._buckets:
+      counts = _row_counts(bucket, self.batch_tokens)
+      needed = [count for i, count in enumerate(counts) if i == 0 or counts[i - 1] < texts]
+      for rows in needed:
+        nothing = np.zeros((devices * rows, bucket), np.int32), np.zeros(devices * rows, np.int32)
+        with jax.set_mesh(batch_sharding.mesh):
+          jax.block_until_ready(forward(parameters, *jax.device_put(nothing, batch_sharding)))
+
   @staticmethod
   def _collect(batch: tuple[np.ndarray, Any], start: int, vectors: np.ndarray,
                on_progress: Callable[[int], None] | None) -> None:
@@ -318,17 +331,24 @@ def _one_device_batches(lengths: Sequence[int], buckets: Sequence[int],
   order = np.argsort(lengths, kind='stable')
   ascending = np.asarray(lengths)[order]
   buckets = np.asarray(buckets)
-  full = lambda bucket: max(1, batch_tokens // int(bucket))
+  row_counts = lambda bucket: _row_counts(int(bucket), batch_tokens)
   start = 0
   while start < len(order):
     first = buckets[np.searchsorted(buckets, ascending[start])]
     # The rest of a bucket joins the next ones, up to twice its length, to fill a batch.
     for bucket in buckets[(buckets >= first) & (buckets <= max(first, 2 * ascending[start]))]:
-      count = min(int(np.searchsorted(ascending, bucket, side='right')) - start, full(bucket))
-      if count == full(bucket):
+      full = row_counts(bucket)[-1]
+      count = min(int(np.searchsorted(ascending, bucket, side='right')) - start, full)
+      if count == full:
         break
     # The last one tried may be larger than its members need.
     bucket = buckets[np.searchsorted(buckets, ascending[start + count - 1])]
-    rows = next(r for r in sorted({1, 4, full(bucket)}) if r >= count)
+    rows = next(rows for rows in row_counts(bucket) if rows >= count)
     yield order[start:start + count], (rows, int(bucket))
     start += count
+
+
+def _row_counts(bucket: int, batch_tokens: int) -> list[int]:
+  """Rows that a device's batch of texts of `bucket` word pieces may have, ascending."""
+  full = max(1, batch_tokens // bucket)
+  return sorted({1, min(4, full), full})

@@ -148,6 +148,24 @@ def test_normalize_and_length_come_from_the_folder_unless_given(tmp_path, refere
   assert len({embedder.fingerprint for embedder in (plain, told, longer)}) == 3
 
 
+@pytest.mark.parametrize('at_once', [1, 3, 12])
+def test_warmed_up_it_compiles_no_more(folder, caplog, at_once):
+  def compiled(work):
+    caplog.clear()
+    with jax.log_compiles():
+      work()
+    return sum(record.getMessage().startswith('Compiling') for record in caplog.records)
+
+  embedder = BertEmbedder(str(folder), bucket_lengths=(5, 9), batch_tokens=50)
+  assert compiled(lambda: embedder.warm_up(at_once)) >= 3
+  of_any_length = ['a ' * count for count in range(30)]
+  for texts in (1, at_once):
+    parts = [of_any_length[i:i + texts] for i in range(0, 30, texts)]
+    assert compiled(lambda parts=parts: [embedder.embed(part) for part in parts]) == 0
+  # The check can fail: a cold one compiles.
+  assert compiled(lambda: BertEmbedder(str(folder)).embed(['a'])) > 0
+
+
 def test_progress_counts_every_text(folder):
   for embedder in (BertEmbedder(str(folder), bucket_lengths=(24,), batch_tokens=96),
                    LexicalEmbedder(), RandomEmbedder()):
