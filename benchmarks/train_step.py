@@ -67,7 +67,7 @@ from retro_jax.models.config import RetroConfig
 from retro_jax.training import optimizer, partitioning, state, step as step_lib
 size, (n, m, k, vocabulary), threads, retrieval, changes = json.loads(sys.argv[1])
 b = size.pop('batch')
-size |= {'loss_block': 128}  # as gin/machines/cpu.gin
+size |= {'loss_block': 128, 'scan_layers': False}  # as gin/machines/cpu.gin
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
                      chunk_length=m, num_neighbors=k, **(size | changes))
 config = config if retrieval else config.baseline()

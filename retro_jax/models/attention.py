@@ -23,7 +23,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.models import attention_kernels
-from retro_jax.models.layers import parameter
+from retro_jax.models.layers import parameter, product
 from retro_jax.models.placement import place
 from retro_jax.models.positions import distances, rotate, rotation, sinusoid, turned
 
@@ -168,8 +168,7 @@ class Attention(nnx.Module):
 
   def _heads(self, y: Array, name: str) -> Array:
     """One of the three projections."""
-    kernel = getattr(self, name)[...].astype(y.dtype)
-    projected = jnp.einsum('...d,dhc->...hc', y, kernel)
+    projected = product(y, getattr(self, name)[...])
     if self.has_qkv_bias:
       projected += getattr(self, f'{name}_bias')[...].astype(y.dtype)
     axis = 'heads' if name == 'query' else self.kv_axis
@@ -202,5 +201,5 @@ class Attention(nnx.Module):
 
   def _read_out(self, mixed: Array) -> Array:
     mixed = checkpoint_name(mixed, 'mixed')
-    result = jnp.einsum('...hc,hcd->...d', mixed, self.output[...].astype(mixed.dtype))
+    result = product(mixed, self.output[...], contracted=2)
     return result + self.output_bias[...].astype(result.dtype) if self.has_output_bias else result

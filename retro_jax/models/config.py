@@ -47,6 +47,8 @@ class RetroConfig:
     remat: what the backward pass recomputes, layer by layer: 'none'; 'dots', all but products
       with parameters and what attention gave; 'projections', all but queries, keys, values
       and what attention gave; 'attention', all but the latter; 'full', everything.
+    scan_layers: whether layers that repeat are compiled once and looped over. If not, each is
+      compiled for itself: XLA for CPUs then moves less, and parameters stay stacked all the same.
     positions: 'relative' as in the paper; 'rotary', which has no parameters of its own and which
       the fused kernels know; or 'learned', a vector for each place in a document, added to the
       embeddings (GPT-2).
@@ -91,6 +93,7 @@ class RetroConfig:
   share_embeddings: bool = False
   dtype: str = 'float32'
   remat: str = 'none'
+  scan_layers: bool = True
   positions: str = 'relative'
   retrieval_positions: str = ''
   cca_positions: str = ''

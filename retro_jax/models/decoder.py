@@ -65,19 +65,19 @@ class Period(nnx.Module):
   def __init__(self, config: RetroConfig, *, lm_layers: int, rngs: nnx.Rngs):
     self.lm = nnx.List([DecoderLayer(config, retro=False, rngs=rngs) for _ in range(lm_layers)])
     self.retro = DecoderLayer(config, retro=True, rngs=rngs)
-    self.remat = config.remat
+    self.remat, self.scanned = config.remat, config.scan_layers
 
   def __call__(self, h: Array, segments: Array, encoded: Encoded) -> Array:
     for layer in self.lm:
-      h = place(recomputed(layer, self.remat, scanned=True)(h, segments, None))
-    return place(recomputed(self.retro, self.remat, scanned=True)(h, segments, encoded))
+      h = place(recomputed(layer, self.remat, self.scanned)(h, segments, None))
+    return place(recomputed(self.retro, self.remat, self.scanned)(h, segments, encoded))
 
 
 class Decoder(nnx.Module):
   """Layers 1..L in groups: prefix (LM), entry (RETRO, min(P)), periods, tail (LM)."""
 
   def __init__(self, config: RetroConfig, *, rngs: nnx.Rngs):
-    self.remat = config.remat
+    self.remat, self.scanned = config.remat, config.scan_layers
     plan = layer_plan(config)
     lm = lambda rngs: DecoderLayer(config, retro=False, rngs=rngs)
     self.prefix = _stack(lm, plan.prefix, rngs)
@@ -116,18 +116,17 @@ class Decoder(nnx.Module):
     return self.norm(h)
 
   def _scan(self, stack: nnx.Module | None, h: Array, segments: Array, encoded: Encoded) -> Array:
-    """Applies a stack of equal modules, one after the other, compiled once."""
+    """Applies a stack of equal modules, one after the other; compiled once if scanned."""
     if stack is None:
       return h
     structure, parameters = nnx.split(stack)
 
     def body(h: Array, layer: Any) -> tuple[Array, None]:
       module = nnx.merge(structure, place_parameters(layer))
-      run = module if isinstance(module, Period) else recomputed(
-          module, self.remat, scanned=True)
+      run = module if isinstance(module, Period) else recomputed(module, self.remat, self.scanned)
       return place(run(h, segments, encoded)), None
 
-    return jax.lax.scan(body, h, parameters)[0]
+    return jax.lax.scan(body, h, parameters, unroll=1 if self.scanned else True)[0]
 
 
 def _norm(config: RetroConfig, rngs: nnx.Rngs) -> nnx.Module:

@@ -60,11 +60,17 @@ def on(placement: Placement | None) -> Iterator[None]:
     _CURRENT.reset(token)
 
 
+def on_one_device() -> bool:
+  """Whether the program that is being traced is not cut over devices, as far as is known here."""
+  current = _CURRENT.get()
+  return current is None or current.mesh.size == 1
+
+
 def place(x: Array, name: str | None = None, axis: int = -1) -> Array:
   """Examples of `x` (its first axis) over the mesh, and with `name` also that axis."""
-  current = _CURRENT.get()
-  if current is None or current.mesh.size == 1:
+  if on_one_device():
     return x
+  current = _CURRENT.get()
   names: list[str | None] = [None] * x.ndim
   names[0] = 'batch'
   if name:

@@ -318,7 +318,7 @@ def _check(job: TrainJob, data: _Data) -> None:
 
 def _fetch(metrics: Mapping[str, jax.Array]) -> dict[str, float]:
   return {name: float(value) for name, value in jax.device_get(dict(metrics)).items()
-          if name != 'squares'}
+          if name != 'sums'}
 
 
 class _Validation:

@@ -72,8 +72,8 @@ def make_train_step(
   before clipping, `learning_rate`, `tokens` with a target, `batch_hash` (uint32: two runs that
   saw the same batch, row by row, have the same, on whatever mesh), and `skipped_steps` of an
   optimizer that skips spikes. Beside them, for the watch on numbers that are no numbers
-  (training/faults.py): `squares`, float32 [3, parameters], the sums of squares of gradients,
-  updates and new parameters, parameter by parameter.
+  (training/faults.py): `sums`, float32 [3, parameters], parameter by parameter the sums of the
+  gradient's squares, of the updates and of the new values; each as bad as one of its terms.
 
   Args:
     model, optimizer, learning_rate: of the run.
@@ -111,16 +111,16 @@ def make_train_step(
         gradient, state.optimizer, learning, value=loss)
     parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
-    squares = jnp.stack([_squares(tree, sorted(parameters))
-                         for tree in (gradient, updates, parameters)])
+    squares = _by_name(lambda g: jnp.sum(jnp.square(g)), gradient, sorted(parameters))
+    sums = [_by_name(jnp.sum, tree, sorted(parameters)) for tree in (updates, parameters)]
     metrics = {
         'loss': loss,
         'bits_per_byte': loss * targets / math.log(2) / text_bytes,
-        'gradient_norm': jnp.sqrt(squares[0].sum()),
+        'gradient_norm': jnp.sqrt(squares.sum()),
         'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
         'tokens': targets,
         'batch_hash': _hash(batch),
-        'squares': squares,
+        'sums': jnp.stack([squares, *sums]),
     }
     if isinstance(optimizer_state, SpikeState):
       metrics['skipped_steps'] = optimizer_state.skipped.astype(jnp.float32)
@@ -148,10 +148,11 @@ def _hash(batch: Batch) -> jax.Array:
   return total
 
 
-def _squares(tree: retro.Parameters, names: Sequence[str]) -> jax.Array:
-  """The sum of squares by name; 0 for what the tree lacks."""
+def _by_name(summed: Callable[[jax.Array], jax.Array], tree: retro.Parameters,
+             names: Sequence[str]) -> jax.Array:
+  """A scalar of every array, by name; 0 for what the tree lacks."""
   zero = jnp.zeros((), jnp.float32)
-  return jnp.stack([jnp.sum(jnp.square(tree[name])) if name in tree else zero for name in names])
+  return jnp.stack([summed(tree[name]) if name in tree else zero for name in names])
 
 
 def _microbatches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:

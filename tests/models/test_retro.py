@@ -32,6 +32,7 @@ def logits(config, parameters, batch, retrieval=True):
     dict(num_layers=2, cca_layers=(2,), encoder_d_model=8, share_embeddings=True),
     dict(num_layers=3, cca_layers=()),
     dict(num_layers=5, cca_layers=(2, 4), positions='rotary', attention_block=3),
+    dict(num_layers=8, cca_layers=(2, 4, 6), scan_layers=False),
     dict(num_layers=6, cca_layers=(2, 4, 6), attention_kernel='einsum', remat='full'),
 ], ids=lambda c: 'L{}-P{}-{}'.format(c['num_layers'], ','.join(map(str, c['cca_layers'])),
                                      c.get('positions', 'relative')))

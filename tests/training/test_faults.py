@@ -19,10 +19,10 @@ NAMES = ['a', 'b', 'c']
 
 
 def metrics(loss=1.0, stage=None, name=None, value=np.nan):
-  squares = np.ones((3, 3), np.float32)
+  sums = np.ones((3, 3), np.float32)
   if stage is not None:
-    squares[faults.STAGES.index(stage):, NAMES.index(name)] = value
-  return {'loss': jnp.float32(loss), 'squares': jnp.asarray(squares)}
+    sums[faults.STAGES.index(stage):, NAMES.index(name)] = value
+  return {'loss': jnp.float32(loss), 'sums': jnp.asarray(sums)}
 
 
 @pytest.mark.parametrize('stage', faults.STAGES)
@@ -53,7 +53,7 @@ def test_a_loss_that_is_no_number_stops_too(tmp_path):
 def test_skipped_steps_are_forgiven_until_they_come_in_a_row(tmp_path):
   watch = faults.Watch(str(tmp_path), NAMES, lambda step: {}, forgiven=2)
   bad = metrics(stage='gradient', name='c')
-  bad['squares'] = bad['squares'].at[1:].set(1.0)  # skipped: nothing reached the parameters
+  bad['sums'] = bad['sums'].at[1:].set(1.0)  # skipped: nothing reached the parameters
   for step, found in enumerate([bad, bad, metrics(), bad, bad]):
     watch.expect(step, found)
     watch.look()

@@ -101,7 +101,7 @@ def test_with_neighbours_the_loss_falls():
   for _ in range(20):
     current, found = run(current, batches.to_global(batch_of(0), mesh))
     losses.append(float(found['loss']))
-    gradient, updates, parameters = np.asarray(found['squares'])
+    gradient, updates, parameters = np.asarray(found['sums'])
     assert {n for n, value in zip(names, gradient) if value == 0} == set(names) - trained
     assert not updates[[n not in trained for n in names]].any() and np.isfinite(parameters).all()
     assert float(found['gradient_norm']) == pytest.approx(gradient.sum() ** 0.5)
