@@ -186,14 +186,16 @@ class Engine:
     self.run()
     return stream.result()
 
+  def warm_up(self) -> None:
+    """Compiles what finding neighbours for all slots needs, so that no request waits for that."""
+    if self._retriever is not None:
+      self._retriever.warm_up(self.slots)
+
   def serve(self, stop: threading.Event) -> None:
     """Steps for as long as the process lives or until `stop` is set; sleeps when idle.
 
-    A step that fails ends the requests it worked on, each of which raises, not the loop. Neighbours
-    are found without waiting for the compiler; until it is done with that, requests wait.
+    A step that fails ends the requests it worked on, each of which raises, not the loop.
     """
-    if self._retriever is not None:
-      self._retriever.warm_up(self.slots)
     while not stop.is_set():
       try:
         busy = self.step()

@@ -85,9 +85,9 @@ def place_parameters(state: nnx.State) -> nnx.State:
   The transpose of a constraint is the same constraint: in the backward pass of a scanned layer
   each device keeps its own part of a gradient as soon as there is one, instead of the whole.
   """
-  current = _CURRENT.get()
-  if current is None or current.mesh.size == 1 or not current.parameters:
+  if on_one_device() or not _CURRENT.get().parameters:
     return state
+  current = _CURRENT.get()
   placed = []
   for path, variable in nnx.to_flat_state(state):
     value, names = variable.get_value(), variable.get_metadata()['axes']
@@ -115,9 +115,9 @@ def on_each_device(function: Callable[..., Array], *inputs: str, out: str
     inputs: the axes of each argument, a letter each: b examples and h heads are cut.
     out: the same for the result.
   """
-  current = _CURRENT.get()
-  if current is None or current.mesh.size == 1:
+  if on_one_device():
     return function
+  current = _CURRENT.get()
 
   def run(*arrays: Array) -> Array:
     spec = lambda axes, x: current.spec(tuple(_LETTERS.get(a) for a in axes), x.shape)
@@ -141,9 +141,9 @@ def sum_over_examples(
     cut_axis: axis of the last sum over which parameters are cut.
     width: of that axis.
   """
-  current = _CURRENT.get()
-  if current is None or current.mesh.size == 1:
+  if on_one_device():
     return function
+  current = _CURRENT.get()
   axes = current.axes['batch']
   axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
   cut = current.axes['parameters']

@@ -12,6 +12,7 @@ nor on the process, its threads or its devices (BERT: same kind of device, same 
 Embedders can be pickled: what they have loaded stays behind.
 """
 
+import bisect
 import dataclasses
 import functools
 import importlib.util
@@ -105,24 +106,20 @@ class BertEmbedder(EmbedderBase):
     Raises:
       UserError: the checkpoint is missing or unfit.
     """
-    import jax
-
     vectors = np.zeros((len(texts), self.dimension), np.float32)
-    parameters, batch_sharding, forward = self._loaded
+    devices = self._loaded[1].num_devices
     # One block's word pieces are held at a time; sorting within it is enough.
     for start in range(0, len(texts), 16384):
       rows = self._word_pieces(texts[start:start + 16384])
       pending = []
       for members, shape in plan_batches(
-          [len(row) for row in rows], self._buckets, self.batch_tokens, batch_sharding.num_devices):
+          [len(row) for row in rows], self._buckets, self.batch_tokens, devices):
         tokens, lengths = np.zeros(shape, np.int32), np.zeros(shape[0], np.int32)
         for i in np.flatnonzero(members >= 0):
           row = rows[members[i]]
           tokens[i, :len(row)] = row
           lengths[i] = len(row)
-        with jax.set_mesh(batch_sharding.mesh):
-          pending.append((members, forward(
-              parameters, *jax.device_put((tokens, lengths), batch_sharding))))
+        pending.append((members, self._start(tokens, lengths)))
         # A few in flight keep the device busy while the host pads the next.
         if len(pending) == 4:
           self._collect(pending.pop(0), start, vectors, on_progress)
@@ -131,17 +128,20 @@ class BertEmbedder(EmbedderBase):
     return vectors
 
   def warm_up(self, texts: int) -> None:
+    devices = self._loaded[1].num_devices
+    for bucket in self._buckets:
+      counts = _row_counts(bucket, self.batch_tokens)
+      for count in counts[:bisect.bisect_left(counts, texts) + 1]:
+        lengths = np.zeros(devices * count, np.int32)
+        self._start(np.zeros((len(lengths), bucket), np.int32), lengths).block_until_ready()
+
+  def _start(self, tokens: np.ndarray, lengths: np.ndarray) -> Any:
+    """Vectors of word pieces int32 [rows, bucket], `lengths` of each row; not waited for."""
     import jax
 
     parameters, batch_sharding, forward = self._loaded
-    devices = batch_sharding.num_devices
-    for bucket in self._buckets:
-      counts = _row_counts(bucket, self.batch_tokens)
-      needed = [count for i, count in enumerate(counts) if i == 0 or counts[i - 1] < texts]
-      for rows in needed:
-        nothing = np.zeros((devices * rows, bucket), np.int32), np.zeros(devices * rows, np.int32)
-        with jax.set_mesh(batch_sharding.mesh):
-          jax.block_until_ready(forward(parameters, *jax.device_put(nothing, batch_sharding)))
+    with jax.set_mesh(batch_sharding.mesh):
+      return forward(parameters, *jax.device_put((tokens, lengths), batch_sharding))
 
   @staticmethod
   def _collect(batch: tuple[np.ndarray, Any], start: int, vectors: np.ndarray,
@@ -331,24 +331,23 @@ def _one_device_batches(lengths: Sequence[int], buckets: Sequence[int],
   order = np.argsort(lengths, kind='stable')
   ascending = np.asarray(lengths)[order]
   buckets = np.asarray(buckets)
-  row_counts = lambda bucket: _row_counts(int(bucket), batch_tokens)
   start = 0
   while start < len(order):
     first = buckets[np.searchsorted(buckets, ascending[start])]
     # The rest of a bucket joins the next ones, up to twice its length, to fill a batch.
     for bucket in buckets[(buckets >= first) & (buckets <= max(first, 2 * ascending[start]))]:
-      full = row_counts(bucket)[-1]
+      full = _row_counts(bucket, batch_tokens)[-1]
       count = min(int(np.searchsorted(ascending, bucket, side='right')) - start, full)
       if count == full:
         break
     # The last one tried may be larger than its members need.
     bucket = buckets[np.searchsorted(buckets, ascending[start + count - 1])]
-    rows = next(rows for rows in row_counts(bucket) if rows >= count)
+    rows = next(rows for rows in _row_counts(bucket, batch_tokens) if rows >= count)
     yield order[start:start + count], (rows, int(bucket))
     start += count
 
 
 def _row_counts(bucket: int, batch_tokens: int) -> list[int]:
   """Rows that a device's batch of texts of `bucket` word pieces may have, ascending."""
-  full = max(1, batch_tokens // bucket)
+  full = max(1, batch_tokens // int(bucket))
   return sorted({1, min(4, full), full})

@@ -94,7 +94,7 @@ class Service:
   def start(self, chunk_length: int) -> None:
     """Starts the engines' threads and lets each write a few tokens, which compiles everything."""
     for name, engine in self.engines.items():
-      thread = threading.Thread(target=engine.serve, args=(self._stop,), daemon=True,
+      thread = threading.Thread(target=self._serve, args=(name, engine), daemon=True,
                                 name=f'engine {name}')
       thread.start()
       self._threads.append(thread)
@@ -161,6 +161,14 @@ class Service:
         504, f'no whole answer within {self.limits.answer_seconds:g} seconds', None, 'timeout')))
     self.metrics.prompt_tokens.inc(tokens)
     return work
+
+  def _serve(self, name: str, engine: Engine) -> None:
+    """What the engine's thread does. What cannot be prepared fails each request, not the thread."""
+    try:
+      engine.warm_up()
+    except Exception as error:
+      self._warmed(name, error)
+    engine.serve(self._stop)
 
   def _warmed(self, name: str, item: Event | Exception) -> None:
     if isinstance(item, Exception):

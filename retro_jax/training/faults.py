@@ -70,7 +70,7 @@ class Watch:
           'step': step, 'loss': str(loss), 'first': where,
           'parameters': bad, 'batch': dict(self._describe(step)),
           'sums': {stage: {name: str(value) for name, value in zip(self._names, row)}
-                      for stage, row in zip(STAGES, sums)}})
+                   for stage, row in zip(STAGES, sums)}})
     return (f'step {step}: {where} is NaN or infinite (loss {loss:g}); the step, its examples and '
             f'every parameter are in {path}; lower the learning rate, look at the examples, or '
             'go on from an earlier checkpoint with TrainingConfig.skip_spikes = True')

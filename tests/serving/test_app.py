@@ -267,6 +267,19 @@ def test_a_full_queue_refuses_and_clients_that_leave_free_it(url, engines):
   assert complete(url, prompt='a', max_tokens=2)[0] == 200
 
 
+def test_an_engine_that_cannot_be_prepared_answers_yet(engines, monkeypatch, caplog):
+  engine = engine_over(engines['calm']._retriever)
+  monkeypatch.setattr(engine, 'warm_up', lambda: 1 / 0)
+  service = Service(Served('tiny', ('calm',), K, 9), worlds.vocabulary(), {'calm': engine}, LIMITS)
+  service.start(M)
+  try:
+    generation = engine.submit(Request(PROMPT, 3)).result()
+  finally:
+    service.stop()
+  assert len(generation.tokens) == 3
+  assert "engine 'calm' cannot write" in caplog.text and 'ZeroDivisionError' in caplog.text
+
+
 def test_an_answer_that_takes_too_long_ends(engines):
   fresh = engine_over(engines['calm']._retriever)
   limits = LimitsConfig(max_tokens=1_000_000, answer_seconds=1, arrival_seconds=30)
