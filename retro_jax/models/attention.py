@@ -24,8 +24,9 @@ from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.models import attention_kernels
 from retro_jax.models.layers import parameter, product
-from retro_jax.models.placement import place
+from retro_jax.models.placement import on_one_cpu, place
 from retro_jax.models.positions import distances, rotate, rotation, sinusoid, turned
+from retro_jax.models.for_cpus import repeated
 
 Array = jax.Array
 
@@ -164,13 +165,30 @@ class Attention(nnx.Module):
 
   def _project(self, x: Array, context: Array) -> tuple[Array, Array, Array]:
     """Queries [..., q, h, c], keys and values [..., s, kv heads, c]."""
-    return self._heads(x, 'query'), self._heads(context, 'key'), self._heads(context, 'value')
+    names = 'query', 'key', 'value'
+    if not on_one_cpu():
+      return tuple(self._heads(y, name) for y, name in zip((x, context, context), names))
+    if x is context:
+      return self._heads_of_one_product(x, names)
+    return self._heads(x, 'query'), *self._heads_of_one_product(context, names[1:])
+
+  def _heads_of_one_product(self, y: Array, names: Sequence[str]) -> tuple[Array, ...]:
+    """Several projections of the same rows."""
+    kernels = [getattr(self, name)[...] for name in names]
+    flat = [kernel.reshape(len(kernel), -1) for kernel in kernels]
+    ends = np.cumsum([kernel.shape[1] for kernel in flat])[:-1]
+    parts = jnp.split(product(y, jnp.concatenate(flat, axis=1)), ends, axis=-1)
+    return tuple(self._named(part.reshape(*y.shape[:-1], *kernel.shape[1:]), name)
+                 for part, kernel, name in zip(parts, kernels, names))
 
   def _heads(self, y: Array, name: str) -> Array:
     """One of the three projections."""
-    projected = product(y, getattr(self, name)[...])
+    return self._named(product(y, getattr(self, name)[...]), name)
+
+  def _named(self, projected: Array, name: str) -> Array:
+    """A projection with its bias, where it belongs and under its name."""
     if self.has_qkv_bias:
-      projected += getattr(self, f'{name}_bias')[...].astype(y.dtype)
+      projected += getattr(self, f'{name}_bias')[...].astype(projected.dtype)
     axis = 'heads' if name == 'query' else self.kv_axis
     return checkpoint_name(place(projected, axis, -2), name)
 
@@ -196,8 +214,10 @@ class Attention(nnx.Module):
 
   def _biased(self, q: Array, scale: float) -> tuple[Array, Array]:
     """Queries for keys and for distances."""
-    return ((q + self.content_bias[...].astype(q.dtype)) * scale,
-            (q + self.position_bias[...].astype(q.dtype)) * scale)
+    biases = (repeated(bias[...].astype(q.dtype), q.shape[:-2])
+              for bias in (self.content_bias, self.position_bias))
+    content, position = ((q + bias) * scale for bias in biases)
+    return content, position
 
   def _read_out(self, mixed: Array) -> Array:
     mixed = checkpoint_name(mixed, 'mixed')

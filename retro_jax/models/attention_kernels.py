@@ -13,6 +13,7 @@ Logits and softmax are float32 whatever the dtype of the heads.
 """
 
 import functools
+import itertools
 import math
 
 import jax
@@ -21,6 +22,7 @@ import numpy as np
 
 from retro_jax.models.placement import on_each_device, platform
 from retro_jax.models.positions import by_row, skew
+from retro_jax.models.for_cpus import row_max, row_sum
 
 Array = jax.Array
 ByDistance = tuple[Array, Array] | None
@@ -47,12 +49,76 @@ def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = 
   Returns:
     [..., q, h, c], dtype of v.
   """
-  logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
+  by_key = None
   if by_distance is not None:
     by_key = _position_logits(*by_distance, k.shape[-3] // key_groups)
-    logits += jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
-  weights = masked_softmax(logits, mask[..., None, :, :])
-  return jnp.einsum('...hqs,...shc->...qhc', weights.astype(v.dtype), v)
+    by_key = jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
+  # Heads go before the rows, and before those axes of q over which k is the same.
+  after = 3 + _shared_axes(q, k)
+  by_head = lambda x: jnp.moveaxis(x, -2, -after)
+  if by_key is not None:
+    by_key = jnp.moveaxis(by_key, -3, -after)
+  if mask.ndim >= after - 1:
+    mask = jnp.expand_dims(mask, -after)
+  mixed = _attend(by_head(q), by_head(k), by_head(v), mask, by_key)
+  return jnp.moveaxis(mixed, -after, -2)
+
+
+def _shared_axes(q: Array, k: Array) -> int:
+  """How many of the last leading axes of q are 1 in k, whose keys then serve all of q's."""
+  pairs = zip(q.shape[-4::-1], k.shape[-4::-1])
+  return len(list(itertools.takewhile(lambda pair: pair[0] > 1 == pair[1], pairs)))
+
+
+@jax.custom_vjp
+def _attend(q: Array, k: Array, v: Array, mask: Array, by_key: Array | None) -> Array:
+  """Attention of q [..., h, q, c] to k and v [..., h, s, c], leading axes broadcast.
+
+  With a gradient of its own: the softmax is divided by its sum only after the product with the
+  values, where there is less to divide, and its backward pass sums over c instead of s (Dao et
+  al. 2022, appendix B).
+
+  Args:
+    q: scaled.
+    k, v: see above.
+    mask: bool, broadcastable to the logits [..., h, q, s].
+    by_key: float32, added to the logits, of their shape; or None.
+
+  Returns:
+    [..., h, q, c], dtype of v.
+  """
+  return _attend_forward(q, k, v, mask, by_key)[0]
+
+
+_logits = functools.partial(jnp.einsum, '...qc,...sc->...qs')
+_mix = functools.partial(jnp.einsum, '...qs,...sc->...qc')
+
+
+def _attend_forward(q: Array, k: Array, v: Array, mask: Array, by_key: Array | None):
+  logits = _logits(q, k, preferred_element_type=jnp.float32)
+  if by_key is not None:
+    logits += by_key
+  logits = jnp.where(mask, logits, MASKED_LOGIT)
+  largest = row_max(logits)
+  weights = jnp.exp(logits - largest)
+  # A row that may read nothing has only logits that are masked; it gets 0, and so do gradients.
+  inverse = jnp.where(largest > MASKED_LOGIT / 2, 1 / row_sum(weights), 0.0)
+  weights = weights.astype(v.dtype)
+  mixed = _mix(weights, v, preferred_element_type=jnp.float32) * inverse
+  mixed = mixed.astype(v.dtype)
+  return mixed, (q, k, v, weights, inverse, mixed, None if by_key is None else ())
+
+
+def _attend_backward(kept, gradient: Array):
+  q, k, v, weights, inverse, mixed, with_by_key = kept
+  gradient = gradient * inverse
+  of_weights, of_v = jax.vjp(_mix, weights, v)[1](gradient.astype(v.dtype))
+  of_logits = weights * (of_weights - row_sum(gradient * mixed))
+  of_q, of_k = jax.vjp(_logits, q, k)[1](of_logits.astype(q.dtype))
+  return of_q, of_k, of_v, None, None if with_by_key is None else of_logits
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _position_logits(position: Array, p: Array, columns: int) -> Array:
@@ -83,16 +149,17 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
   n = q.shape[1]
   block = n if kernel == 'einsum' else min(block or _BLOCK, n)
+  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   mixed = []
   for first in range(0, n, block):
     last = min(first + block, n)
-    near = None
+    by_key = None
     if by_distance is not None:
       position, p = by_distance  # distances n - 1 .. 0, of which `last` occur
-      near = position[:, first:last], p[n - last:]
-    mixed.append(masked(q[:, first:last], k[:, :last], v[:, :last],
-                        _causal_mask(segments, first, last), near))
-  return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+      by_key = _position_logits(position[:, first:last], p[n - last:], last)
+    mask = _causal_mask(segments, first, last)[:, None]
+    mixed.append(_attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], mask, by_key))
+  return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
 
 
 def cached(q: Array, keys: Array, values: Array, mask: Array, by_key: Array | None) -> Array:

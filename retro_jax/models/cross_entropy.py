@@ -6,11 +6,13 @@ needs is known as soon as a block's logits are, and they are not computed twice.
 """
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from retro_jax.models.placement import place, sum_over_examples
+from retro_jax.models.placement import on_one_cpu, place, sum_over_examples
+from retro_jax.models.for_cpus import row_max, row_sum
 
 Array = jax.Array
 
@@ -26,7 +28,7 @@ def token_losses(hidden: Array, table: Array, targets: Array, block: int) -> Arr
   """
   blocks, rest = _blocks(block, hidden, targets)
   table = table.astype(hidden.dtype)
-  losses = jax.lax.map(lambda one: _losses(*one, table)[0], blocks)
+  losses = jax.lax.map(lambda one: _losses(*one, table).losses, blocks)
   return _joined(losses, rest)
 
 
@@ -55,9 +57,10 @@ def _forward_here(block: int, hidden: Array, cast: Array, targets: Array, weight
     total, table_gradient = carry
     # As rows of one axis: XLA for CPUs is slower with two.
     x, y, w = (array.reshape(-1, *array.shape[2:]) for array in xs)
-    losses, probabilities, is_target = _losses(x, y, cast)
-    of_logits = (probabilities - is_target) * w[..., None]
-    of_logits = of_logits.astype(hidden.dtype)
+    block_losses = _losses(x, y, cast)
+    losses, is_target, weight = block_losses.losses, block_losses.is_target, w[:, None]
+    of_logits = block_losses.exponentials * (weight / block_losses.total)
+    of_logits = (of_logits - jnp.where(is_target, weight, 0.0)).astype(hidden.dtype)
     of_x = jnp.einsum('rv,vd->rd', of_logits, cast).reshape(xs[0].shape)
     table_gradient += jnp.einsum('rv,rd->vd', of_logits, x, preferred_element_type=jnp.float32)
     return (total + (losses * w).sum(), table_gradient), of_x
@@ -75,15 +78,36 @@ def _backward(block: int, gradients, cotangent: Array):
 summed_loss.defvjp(_forward, _backward)
 
 
-def _losses(x: Array, targets: Array, table: Array) -> tuple[Array, Array, Array]:
-  """Losses [...] of x [..., d], probabilities [..., V], float32; which of V is the target, bool."""
+class _Losses(NamedTuple):
+  """Of rows [...], float32.
+
+  Attributes:
+    losses: [...].
+    exponentials: [..., V], of logits from the largest down.
+    total: [..., 1], their sum.
+    is_target: bool [..., V], which token is the target.
+  """
+  losses: Array
+  exponentials: Array
+  total: Array
+  is_target: Array
+
+
+def _losses(x: Array, targets: Array, table: Array) -> _Losses:
+  """Losses of x [..., d], and what their gradient needs."""
   logits = jnp.einsum('...d,vd->...v', x, table, preferred_element_type=jnp.float32)
   logits = place(logits, 'vocab')
-  normalizer = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-  # A sum over a comparison, not a gather: the vocabulary may be cut over devices.
-  is_target = jnp.arange(table.shape[0]) == targets[..., None]
-  of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1)
-  return normalizer[..., 0] - of_target, jnp.exp(logits - normalizer), is_target
+  largest = row_max(logits)
+  exponentials = jnp.exp(logits - largest)
+  total = row_sum(exponentials)
+  targets = targets[..., None]
+  is_target = jnp.arange(table.shape[0]) == targets
+  if on_one_cpu():
+    of_target = jnp.take_along_axis(logits, targets, axis=-1)
+  else:  # no gather: the vocabulary may be cut over devices
+    of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1, keepdims=True)
+  losses = (largest - of_target + jnp.log(total))[..., 0]
+  return _Losses(losses, exponentials, total, is_target)
 
 
 def _blocks(block: int, *arrays: Array) -> tuple[tuple[Array, ...], int]:

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.models.placement import on_one_device, place
+from retro_jax.models.placement import on_one_cpu, on_one_device, place
+from retro_jax.models.for_cpus import repeated, row_sum, widened
 
 Array = jax.Array
 EPSILON = 1e-6
@@ -66,8 +67,9 @@ class RMSNorm(nnx.Module):
   def __call__(self, x: Array) -> Array:
     """x [..., width] -> the same shape and dtype."""
     y = x.astype(jnp.float32)
-    y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.epsilon)
-    return (y * self.scale[...]).astype(x.dtype)
+    width = y.shape[-1]
+    y = y * widened(jax.lax.rsqrt(row_sum(jnp.square(y)) / width + self.epsilon), width)
+    return (y * repeated(self.scale[...], y.shape[:-1])).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -87,8 +89,16 @@ class LayerNorm(nnx.Module):
 
 
 NORMS = {'rms': RMSNorm, 'layer': LayerNorm}
+
+
+def _gelu(x: Array) -> Array:
+  """GELU by tanh, which on CPUs is computed twice: to keep it costs more."""
+  gelu = functools.partial(jax.nn.gelu, approximate=True)
+  return (jax.checkpoint(gelu) if on_one_cpu() else gelu)(x)
+
+
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    'gelu': functools.partial(jax.nn.gelu, approximate=True),
+    'gelu': _gelu,
     'gelu_exact': functools.partial(jax.nn.gelu, approximate=False),
     'silu': jax.nn.silu,
 }

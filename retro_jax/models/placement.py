@@ -66,6 +66,11 @@ def on_one_device() -> bool:
   return current is None or current.mesh.size == 1
 
 
+def on_one_cpu() -> bool:
+  """Whether that program is for a CPU and not cut over several."""
+  return on_one_device() and platform() == 'cpu'
+
+
 def place(x: Array, name: str | None = None, axis: int = -1) -> Array:
   """Examples of `x` (its first axis) over the mesh, and with `name` also that axis."""
   if on_one_device():
@@ -144,13 +149,16 @@ def sum_over_examples(
   if on_one_device():
     return function
   current = _CURRENT.get()
+  devices = current.mesh.devices
+  own = dataclasses.replace(current, mesh=Mesh(
+      devices.flat[:1].reshape([1] * devices.ndim), current.mesh.axis_names))
   axes = current.axes['batch']
   axes = (axes,) if isinstance(axes, str) else tuple(axes or ())
   cut = current.axes['parameters']
   cut = cut if cut in axes and width % current.mesh.shape[cut] == 0 else None
 
   def run(*arguments: Array) -> tuple[Array, Array, Array]:
-    with on(None):  # what is left to XLA in here is what it finds itself
+    with on(own):  # what is left to XLA in here is what it finds itself
       scalar, by_example, total = function(*arguments)
     left = axes
     if cut:

@@ -18,6 +18,7 @@ from retro_jax.models.chunked_cross_attention import attending_mask
 from retro_jax.models.config import RetroConfig
 from retro_jax.models.decoder import Decoder, Encoded
 from retro_jax.models.encoder import NeighborEncoder
+from retro_jax.models.for_cpus import stored
 from retro_jax.models.layers import Embedding, PositionEmbedding
 from retro_jax.models.placement import place
 from retro_jax.models.positions import places
@@ -112,7 +113,7 @@ class Retro(nnx.Module):
     if retrieval is not None and retrieval.tokens.shape[:2] != (b, n // m):
       raise ValueError(f'neighbours of shape {retrieval.tokens.shape} for {b} sequences of '
                        f'{n // m} chunks')
-    dtype = self.config.compute_dtype
+    dtype, segments = self.config.compute_dtype, stored(segments)
     embedded = self.embedding(tokens, dtype)
     if self.position_embedding is not None:
       if n > self.config.max_positions:
@@ -125,7 +126,7 @@ class Retro(nnx.Module):
         return None
       by_chunk = lambda x: x.reshape(b, n // m, m, *x.shape[2:])
       encoded = self.encode(retrieval, by_chunk(h), by_chunk(segments != 0))
-      return encoded, attending_mask(segments, retrieval.mask, m)
+      return encoded, stored(attending_mask(segments, retrieval.mask, m))
 
     return self.decoder(place(embedded), segments, encode)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from retro_jax.models import placement, retro
+from retro_jax.models import for_cpus, placement, retro
 from retro_jax.models.config import RetroConfig
 from retro_jax.training import partitioning
 from retro_jax.training.compiler import CompilerConfig
@@ -112,7 +112,8 @@ def make_train_step(
     parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
     squares = _by_name(lambda g: jnp.sum(jnp.square(g)), gradient, sorted(parameters))
-    sums = [_by_name(jnp.sum, tree, sorted(parameters)) for tree in (updates, parameters)]
+    with placement.on(rules.activations(mesh)):
+      sums = [_by_name(for_cpus.total, tree, sorted(parameters)) for tree in (updates, parameters)]
     metrics = {
         'loss': loss,
         'bits_per_byte': loss * targets / math.log(2) / text_bytes,
