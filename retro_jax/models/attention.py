@@ -23,10 +23,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.models import attention_kernels
+from retro_jax.models.for_cpus import repeated
 from retro_jax.models.layers import parameter, product
 from retro_jax.models.placement import on_one_cpu, place
 from retro_jax.models.positions import distances, rotate, rotation, sinusoid, turned
-from retro_jax.models.for_cpus import repeated
 
 Array = jax.Array
 

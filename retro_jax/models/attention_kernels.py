@@ -14,15 +14,14 @@ Logits and softmax are float32 whatever the dtype of the heads.
 
 import functools
 import itertools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retro_jax.models.placement import on_each_device, platform
-from retro_jax.models.positions import by_row, skew
 from retro_jax.models.for_cpus import row_max, row_sum
+from retro_jax.models.placement import on_each_device, on_one_cpu, platform
+from retro_jax.models.positions import by_row, skew
 
 Array = jax.Array
 ByDistance = tuple[Array, Array] | None
@@ -126,15 +125,23 @@ def _position_logits(position: Array, p: Array, columns: int) -> Array:
 
   Either every row meets every distance, and `skew` picks what belongs to each key; or row i
   meets only the keys of its own distances, in a product of its own over all sequences. The
-  latter has half the FLOPs and moves no logits, but a copy of p for each row: worth it on CPUs,
-  where sequences are many and short (the encoder and CCA).
+  latter has half the FLOPs and moves fewer logits, but has a copy of p for each row: worth it on
+  CPUs, where sequences are many and short (the encoder and CCA).
   """
-  rows, sequences = position.shape[-3], math.prod(position.shape[:-3])
-  if platform() == 'cpu' and _BY_ROW * sequences >= rows:
-    return jnp.einsum('...qhc,qshc->...hqs', position, by_row(p, rows, columns),
-                      preferred_element_type=jnp.float32)
-  of_distance = jnp.einsum('...qhc,thc->...hqt', position, p, preferred_element_type=jnp.float32)
-  return skew(of_distance, columns)
+  if not on_one_cpu():
+    of_distance = jnp.einsum('...qhc,thc->...hqt', position, p, preferred_element_type=jnp.float32)
+    return skew(of_distance, columns)
+  # Sequences as one axis: XLA for CPUs is slower with several.
+  *lead, rows, heads, width = position.shape
+  position, p = position.reshape(-1, rows, heads, width), p.swapaxes(0, 1)
+  if _BY_ROW * len(position) >= rows:
+    by_key = jnp.einsum('bqhc,hqsc->hqbs', position, by_row(p, rows, columns),
+                        preferred_element_type=jnp.float32).transpose(2, 0, 1, 3)
+  else:
+    position = jnp.moveaxis(position, 2, 0).reshape(heads, -1, width)
+    of_distance = jnp.einsum('hrc,htc->hrt', position, p, preferred_element_type=jnp.float32)
+    by_key = skew(of_distance.reshape(heads, -1, rows, p.shape[1]), columns).swapaxes(0, 1)
+  return by_key.reshape(*lead, heads, rows, columns)
 
 
 def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
@@ -155,7 +162,7 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     last = min(first + block, n)
     by_key = None
     if by_distance is not None:
-      position, p = by_distance  # distances n - 1 .. 0, of which `last` occur
+      position, p = by_distance  # distances n - 1 .. -1, of which `last` occur, and -1
       by_key = _position_logits(position[:, first:last], p[n - last:], last)
     mask = _causal_mask(segments, first, last)[:, None]
     mixed.append(_attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], mask, by_key))

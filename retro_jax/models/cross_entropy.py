@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from retro_jax.models.placement import on_one_cpu, place, sum_over_examples
 from retro_jax.models.for_cpus import row_max, row_sum
+from retro_jax.models.placement import on_one_cpu, place, sum_over_examples
 
 Array = jax.Array
 

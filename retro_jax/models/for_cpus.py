@@ -65,13 +65,13 @@ def _rows(x: Array, reduce: Callable[..., Array], pair: Callable[..., Array], st
           ) -> Array:
   """The last axis reduced by what `pair` does to two numbers, from `start`."""
   width = x.shape[-1]
-  if width <= _WINDOW:
-    return reduce(x, axis=-1, keepdims=True)
-  first = _divisor(width, min(_WINDOW, width // _SIDE_BY_SIDE))
-  x = reduce(x.reshape(*x.shape[:-1], first, width // first), axis=-2)
-  # As a window: XLA would make one slow reduction of two.
-  window = (1,) * (x.ndim - 1) + x.shape[-1:]
-  return jax.lax.reduce_window(x, np.asarray(start, x.dtype), pair, window, window, 'VALID')
+  if width > _WINDOW:
+    first = _divisor(width, min(_WINDOW, width // _SIDE_BY_SIDE))
+    x = reduce(x.reshape(*x.shape[:-1], first, width // first), axis=-2)
+    # As windows: XLA would make one slow reduction of two.
+    window = (1,) * (x.ndim - 1) + (_divisor(x.shape[-1], _WINDOW),)
+    x = jax.lax.reduce_window(x, np.asarray(start, x.dtype), pair, window, window, 'VALID')
+  return reduce(x, axis=-1, keepdims=True)
 
 
 def _first_axis(x: Array) -> Array:

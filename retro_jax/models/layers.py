@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.models.placement import on_one_cpu, on_one_device, place
 from retro_jax.models.for_cpus import repeated, row_sum, widened
+from retro_jax.models.placement import on_one_cpu, on_one_device, place
 
 Array = jax.Array
 EPSILON = 1e-6

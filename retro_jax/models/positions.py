@@ -14,10 +14,10 @@ Array = jax.Array
 
 
 def distances(rows: int, columns: int, offset: int, causal: bool) -> np.ndarray:
-  """The distances i - j + offset that occur, in falling order, as `skew` expects them."""
+  """The distances i - j + offset that occur, in falling order, and one more, for `skew`."""
   largest = rows - 1 + offset
   smallest = offset if causal else offset - (columns - 1)
-  return np.arange(largest, smallest - 1, -1)
+  return np.arange(largest, smallest - 2, -1)
 
 
 def sinusoid(distance: np.ndarray, width: int) -> np.ndarray:
@@ -31,8 +31,9 @@ def skew(by_distance: Array, columns: int) -> Array:
   """Turns logits by distance into logits by key, without a gather.
 
   Column t of the input is the t-th distance of `distances`; row i needs, for key j,
-  t = (rows - 1) - i + j. With one column of padding the rows of the flattened array
-  line up so that this is one slice and one reshape (Dai et al. 2019, appendix B).
+  t = (rows - 1) - i + j. Seen as rows that are one column narrower, the flattened array
+  has those below each other, so that this is one slice and one reshape (Dai et al. 2019,
+  appendix B). What the distance too many gave ends up where nobody reads it.
 
   Args:
     by_distance: [..., rows, number of distances].
@@ -43,15 +44,21 @@ def skew(by_distance: Array, columns: int) -> Array:
     were given, entries above the diagonal are meaningless and must be masked.
   """
   *lead, rows, width = by_distance.shape
-  flat = jnp.pad(by_distance, [(0, 0)] * (len(lead) + 1) + [(0, 1)])
-  flat = flat.reshape(*lead, rows * (width + 1))
-  flat = jax.lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * width, axis=-1)
-  return flat.reshape(*lead, rows, width)[..., :columns]
+  flat = by_distance.reshape(*lead, rows * width)
+  flat = jax.lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * (width - 1), axis=-1)
+  return flat.reshape(*lead, rows, width - 1)[..., :columns]
 
 
 def by_row(vectors: Array, rows: int, columns: int) -> Array:
-  """The vectors of `distances`, [number of distances, ...], as [rows, columns, ...]."""
-  return vectors[(rows - 1) - np.arange(rows)[:, None] + np.arange(columns)]
+  """The vectors of `distances`, [h, number of distances, c], as [h, rows, columns, c].
+
+  Those of row i are a part of all of them, one further to the left for each row: copies of all,
+  one after the other, and then as `skew` does it.
+  """
+  heads, width, size = vectors.shape
+  copies = jnp.broadcast_to(vectors[:, None], (heads, rows, width, size))
+  flat = copies.reshape(heads, rows * width, size)[:, rows - 1:rows - 1 + rows * (width - 1)]
+  return flat.reshape(heads, rows, width - 1, size)[:, :, :columns]
 
 
 def rotate(x: Array, first: int = 0, base: float = 10_000.0, scaling: Sequence[float] = ()

@@ -3,6 +3,7 @@
 import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -63,6 +64,54 @@ def test_position_logits_by_row_equal_skewed_ones(monkeypatch):
 
   for got, wanted in zip(jax.tree.leaves(run(4)), jax.tree.leaves(run(0)), strict=True):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('q, k, mask', [
+    ((2, 5, 4, 8), (2, 7, 4, 8), (2, 5, 7)), ((5, 4, 8), (7, 4, 8), (1, 7)),
+    ((2, 3, 2, 5, 4, 8), (2, 3, 1, 7, 4, 8), (2, 3, 1, 1, 7)),  # H of a chunk, its neighbours
+    ((3, 2, 5, 4, 8), (3, 1, 7, 4, 8), (5, 7)), ((2, 1, 5, 4, 8), (2, 1, 7, 4, 8), (2, 1, 1, 7))])
+@pytest.mark.parametrize('with_distances', [False, True])
+def test_gradients_equal_those_of_a_plain_softmax(q, k, mask, with_distances):
+  """Also where keys are shared and where rows read nothing."""
+  rng = np.random.default_rng(0)
+  draw = lambda shape: rng.normal(size=shape).astype(np.float32)
+  mask = rng.random(mask) < 0.4
+  arrays = [draw(q), draw(k), draw(k)]
+  if with_distances:
+    arrays.append(draw((q[-3] + k[-3], *q[-2:])))
+
+  def plain(q, k, v, p=None):
+    logits = jnp.einsum('...qhc,...shc->...hqs', q, k)
+    if p is not None:
+      rows, columns = q.shape[-3], k.shape[-3]
+      index = rows - 1 - np.arange(rows)[:, None] + np.arange(columns)
+      logits += jnp.einsum('...qhc,qshc->...hqs', q, p[index])
+    kept = mask[..., None, :, :]
+    weights = jax.nn.softmax(jnp.where(kept, logits, -1e30), axis=-1) * kept
+    return jnp.einsum('...hqs,...shc->...qhc', weights, v)
+
+  def ours(q, k, v, p=None):
+    return attention_kernels.masked(q, k, v, mask, None if p is None else (q, p))
+
+  cotangent = draw(q)
+  run = lambda function: jax.jit(
+      lambda *xs: (lambda y, back: (y, *back(cotangent)))(*jax.vjp(function, *xs)))(*arrays)
+  for got, wanted in zip(run(ours), run(plain), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('context', [6, 10])
+def test_projections_in_one_product_equal_those_one_by_one(context, monkeypatch):
+  """Of what is attended from, if that is what is attended to, and of that alone otherwise."""
+  module, _ = build(6, context)
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(2, 5, 6)).astype(np.float32)
+  read = x if context == 6 else rng.normal(size=(2, 5, context)).astype(np.float32)
+  project = lambda: module._project(x, read)
+  together = project()
+  monkeypatch.setattr(attention, 'on_one_cpu', lambda: False)
+  for got, wanted in zip(together, project(), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_rows_that_read_nothing_are_exactly_zero():
@@ -151,7 +200,7 @@ def test_distance_matters(scheme):
 @pytest.mark.parametrize('rows, columns, offset', [(4, 4, 0), (3, 7, 2), (6, 2, -1)])
 def test_skew_puts_each_distance_at_its_key(rows, columns, offset):
   by_distance = np.broadcast_to(
-      positions.distances(rows, columns, offset, causal=False), (rows, rows + columns - 1))
+      positions.distances(rows, columns, offset, causal=False), (rows, rows + columns))
   got = np.asarray(jax.jit(positions.skew, static_argnums=1)(by_distance, columns))
   for i in range(rows):
     for j in range(columns):
