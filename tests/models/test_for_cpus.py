@@ -1,4 +1,4 @@
-"""What is made fast for CPUs equals the plain thing, in value and gradient; elsewhere it is that."""
+"""What is made fast for CPUs equals the plain thing in value and gradient; elsewhere it is that."""
 
 import jax
 import jax.numpy as jnp
