@@ -8,8 +8,9 @@ values), one text, 10 % of the tokens kept in sampling, neighbours stubbed by 2 
 for both sides. CPU milliseconds of all threads a token, of the 64 tokens after the context (of 4
 for the peer, which is slow), so that one chunk is completed and its neighbours are read. The
 contenders take turns in rounds; medians are over the rounds. Each context has the smallest window
-that holds it and 64 more tokens. RETRO-pytorch drops its `heads` argument; its two stacks are built
-anew here. `pip install torch retro-pytorch` into an environment of its own is the peer.
+that holds it and 64 more tokens. "alone" is the time of reading all layers' caches and nothing
+else: what attention itself costs. RETRO-pytorch drops its `heads` argument; its two stacks are
+built anew here. `pip install torch retro-pytorch` into an environment of its own is the peer.
 
 `live`: a trained model with its database, retrieval on and off in turns: which share of the time
 embedding, searching and the rest take, with percentiles.
@@ -21,6 +22,7 @@ import statistics
 import sys
 from typing import Any
 
+import numpy as np
 from contenders import PEER_MODEL, ask, parsed, start
 
 M, K, VOCABULARY = 64, 2, 32_000
@@ -64,7 +66,7 @@ import jax, numpy as np
 from retro_jax.generation.engine import Engine
 from retro_jax.generation.live_retrieval import FoundNeighbors
 from retro_jax.generation.requests import Request
-from retro_jax.models import retro
+from retro_jax.models import attention_kernels as kernels, retro
 from retro_jax.models.config import RetroConfig
 size, (m, k, vocabulary), threads, changes = json.loads(sys.argv[1])
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
@@ -91,8 +93,32 @@ class Stub:
     tokens = rng.integers(3, vocabulary, (len(chunks), k, 2 * m)).astype(np.int32)
     return [FoundNeighbors(np.arange(k), np.zeros(k, np.float32), row,
                            np.full(k, 2 * m, np.int32)) for row in tokens]
-engines = {}
+engines, attentions = {}, {}
+def attention_alone(context, tokens):
+  'What a token reads of the caches of all layers, and nothing else.'
+  window, heads, c = context + m, config.num_heads, config.head_dim
+  if window not in attentions:
+    place = lambda *shape: jax.numpy.asarray(rng.normal(0, 1, shape).astype(np.float32))
+    q, mask = place(1, 1, heads, c), np.arange(window)[None, None] <= context
+    index = np.clip(window - 1 - context + np.arange(window), 0, window - 1)[None, None]
+    caches = [(place(1, heads, window, c), place(1, heads, window, c), place(heads, window, c))
+              for _ in range(config.num_layers)]
+    def read(q, caches):
+      for keys, values, table in caches:
+        by_key = None
+        if config.positions == 'relative':
+          by_key = kernels.logits_by_key(q, table, index)
+        q = kernels.cached(q, keys, values, mask, by_key)
+      return q
+    attentions[window] = jax.jit(read), q, caches
+  read, q, caches = attentions[window]
+  begin = time.process_time()
+  for _ in range(tokens):
+    np.asarray(read(q, caches))
+  return time.process_time() - begin
 def run(context, retrieval, tokens):
+  if retrieval == 'attention':
+    return attention_alone(context, tokens)
   key = context, retrieval
   if key not in engines:
     engines[key] = Engine(config, parameters, Numbers(), Stub() if retrieval else None,
@@ -149,10 +175,12 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   peer = arguments.peer_python and start(arguments.peer_python, PEER + LOOP, given,
                                          arguments.threads)
   settings = [word == 'on' for word in arguments.retrieval]
-  cases = [('ours', ours, context, on, TOKENS) for on in settings for context in arguments.contexts]
+  cases = [('ours', ours, context, on, TOKENS) for on in [*settings, 'attention']
+           for context in arguments.contexts]
   if peer:
     cases += [('peer', peer, 512, on, PEER_TOKENS) for on in settings]
-  name = lambda who, context, on: f'{who} {context} {"on" if on else "off"}'
+  word = lambda on: 'alone' if on == 'attention' else 'on' if on else 'off'
+  name = lambda who, context, on: f'{who} {context} {word(on)}'
   milliseconds: dict[str, list[float]] = {}
   for number in range(-1, arguments.rounds):
     for who, process, context, on, tokens in cases:
@@ -165,22 +193,24 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
       x / y for x, y in zip(milliseconds[a], milliseconds[b]))
   result = {'size': SMALL | changes, 'milliseconds': milliseconds,
             'median': {key: statistics.median(values) for key, values in milliseconds.items()}}
+  first, last = arguments.contexts[0], arguments.contexts[-1]
   for on in settings:
-    word = 'on' if on else 'off'
-    first, last = arguments.contexts[0], arguments.contexts[-1]
     if last != first:
-      result[f'{last} over {first}, {word}'] = ratio(
+      take = lambda context, what: np.array(milliseconds[name('ours', context, what)])
+      result[f'{last} over {first}, {word(on)}'] = ratio(
           name('ours', last, on), name('ours', first, on))
+      rest = [take(context, on) - take(context, 'attention') for context in (last, first)]
+      result[f'{last} over {first}, {word(on)}, without reading the caches'] = float(
+          np.median(rest[0] / rest[1]))
     if peer and 512 in arguments.contexts:
-      result[f'peer over ours at 512, {word}'] = ratio(name('peer', 512, on), name('ours', 512, on))
+      result[f'peer over ours at 512, {word(on)}'] = ratio(
+          name('peer', 512, on), name('ours', 512, on))
   return result
 
 
 def live(arguments: argparse.Namespace) -> dict[str, Any]:
   """Where the time of a text with live retrieval goes; on and off in turns."""
   import time
-
-  import numpy as np
 
   from retro_jax.data.vocabulary import Vocabulary
   from retro_jax.generation.engine import Engine
