@@ -52,7 +52,17 @@ def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = 
   if by_distance is not None:
     by_key = _position_logits(*by_distance, k.shape[-3] // key_groups)
     by_key = jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
-  # Heads go before the rows, and before those axes of q over which k is the same.
+  if on_one_cpu():
+    return _by_head(q, k, v, mask, by_key)
+  logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
+  if by_key is not None:
+    logits += by_key
+  weights = masked_softmax(logits, mask[..., None, :, :])
+  return jnp.einsum('...hqs,...shc->...qhc', weights.astype(v.dtype), v)
+
+
+def _by_head(q: Array, k: Array, v: Array, mask: Array, by_key: Array | None) -> Array:
+  """The same for CPUs: heads before rows, and before those axes of q over which k is the same."""
   after = 3 + _shared_axes(q, k)
   by_head = lambda x: jnp.moveaxis(x, -2, -after)
   if by_key is not None:
@@ -156,17 +166,16 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
   n = q.shape[1]
   block = n if kernel == 'einsum' else min(block or _BLOCK, n)
-  q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
   mixed = []
   for first in range(0, n, block):
     last = min(first + block, n)
-    by_key = None
+    near = None
     if by_distance is not None:
       position, p = by_distance  # distances n - 1 .. -1, of which `last` occur, and -1
-      by_key = _position_logits(position[:, first:last], p[n - last:], last)
-    mask = _causal_mask(segments, first, last)[:, None]
-    mixed.append(_attend(q[:, :, first:last], k[:, :, :last], v[:, :, :last], mask, by_key))
-  return jnp.concatenate(mixed, axis=2).swapaxes(1, 2)
+      near = position[:, first:last], p[n - last:]
+    mixed.append(masked(q[:, first:last], k[:, :last], v[:, :last],
+                        _causal_mask(segments, first, last), near))
+  return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
 def cached(q: Array, keys: Array, values: Array, mask: Array, by_key: Array | None) -> Array:
