@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from retro_jax.models import for_cpus, placement, retro
 from retro_jax.models.config import RetroConfig
+from retro_jax.training import optimizer as optimizer_lib
 from retro_jax.training import partitioning
 from retro_jax.training.compiler import CompilerConfig
 from retro_jax.training.partitioning import ShardingRules
@@ -107,13 +108,13 @@ def make_train_step(
         gradient, {name: placed.parameters[name] for name in names})
     targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
     loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
-    updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
-        gradient, state.optimizer, learning, value=loss)
-    parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
-    text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
-    squares = _by_name(lambda g: jnp.sum(jnp.square(g)), gradient, sorted(parameters))
     with placement.on(rules.activations(mesh)):
+      updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
+          gradient, state.optimizer, learning, value=loss)
+      parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
+      squares = _by_name(optimizer_lib.squares, gradient, sorted(parameters))
       sums = [_by_name(for_cpus.total, tree, sorted(parameters)) for tree in (updates, parameters)]
+    text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
     metrics = {
         'loss': loss,
         'bits_per_byte': loss * targets / math.log(2) / text_bytes,
