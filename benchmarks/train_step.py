@@ -12,6 +12,7 @@ its `heads` argument; its two stacks are built anew here with the heads of the s
 
 import argparse
 import dataclasses
+import functools
 import json
 import statistics
 import subprocess
@@ -111,18 +112,25 @@ def main() -> None:
                       help='of RetroConfig, for our contenders')
   parser.add_argument('--variant', action='append', default=[], metavar='FIELD=VALUE',
                       help='one more contender: our RETRO with this change')
+  parser.add_argument('--only', nargs='+', default=[], metavar='NAME',
+                      help='of these contenders: at MED all of them at once fill 20 GB, and steps '
+                           'of those that hand memory back and ask for it again get slow')
   parser.add_argument('--output', default='', help='JSON file for the numbers')
   arguments = parser.parse_args()
   size = SIZES[arguments.size]
   changes = parsed(arguments.change)
-  ours = lambda retrieval, changes: contender(
-      sys.executable, OURS, size, arguments.threads, retrieval, changes)
-  contenders = {'RETRO': ours(True, changes), 'baseline': ours(False, changes)}
+  ours = lambda retrieval, changes: functools.partial(
+      contender, sys.executable, OURS, size, arguments.threads, retrieval, changes)
+  known = {'RETRO': ours(True, changes), 'baseline': ours(False, changes)}
   for variant in arguments.variant:
-    contenders[f'RETRO, {variant}'] = ours(True, changes | parsed([variant]))
+    known[f'RETRO, {variant}'] = ours(True, changes | parsed([variant]))
   if arguments.peer_python:
     for name, retrieval in (('peer RETRO', True), ('peer baseline', False)):
-      contenders[name] = contender(arguments.peer_python, PEER, size, arguments.threads, retrieval)
+      known[name] = functools.partial(
+          contender, arguments.peer_python, PEER, size, arguments.threads, retrieval)
+  if unknown := set(arguments.only) - set(known):
+    parser.error(f'no contender {sorted(unknown)[0]!r}, only {", ".join(known)}')
+  contenders = {name: known[name]() for name in known if name in (arguments.only or known)}
   seconds = measure(contenders, arguments.rounds, arguments.steps)
   result = summary(arguments.size, size, seconds, arguments.steps, changes)
   print(json.dumps(result, indent=2))
@@ -176,15 +184,15 @@ def summary(name: str, size: Size, seconds: dict[str, list[float]], steps: int,
       'tokens_per_cpu_second': {who: size.batch * N * steps / statistics.median(values)
                                 for who, values in seconds.items()},
       'cpu_seconds': seconds,
-      'time of RETRO over baseline': ratio('RETRO', 'baseline'),
       'FLOPs of RETRO over baseline': count(config) / count(config.baseline())}
-  if 'peer RETRO' in seconds:
-    result |= {'speed over the peer, RETRO': ratio('peer RETRO', 'RETRO'),
-               'speed over the peer, baseline': ratio('peer baseline', 'baseline'),
-               'speed over the peer, variants': {name: ratio('peer RETRO', name) for name in seconds
-                                       if name.startswith('RETRO, ')},
-               'time of peer RETRO over its baseline': ratio('peer RETRO', 'peer baseline')}
-  return result
+  pairs = {'time of RETRO over baseline': ('RETRO', 'baseline'),
+           'speed over the peer, baseline': ('peer baseline', 'baseline'),
+           'time of peer RETRO over its baseline': ('peer RETRO', 'peer baseline')}
+  for who in seconds:
+    if who.startswith('RETRO'):
+      pairs[f'speed over the peer, {who}'] = 'peer RETRO', who
+  return result | {what: ratio(a, b) for what, (a, b) in pairs.items()
+                   if a in seconds and b in seconds}
 
 
 if __name__ == '__main__':
