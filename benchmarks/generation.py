@@ -194,9 +194,9 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   result = {'size': SMALL | changes, 'milliseconds': milliseconds,
             'median': {key: statistics.median(values) for key, values in milliseconds.items()}}
   first, last = arguments.contexts[0], arguments.contexts[-1]
+  take = lambda context, what: np.array(milliseconds[name('ours', context, what)])
   for on in settings:
     if last != first:
-      take = lambda context, what: np.array(milliseconds[name('ours', context, what)])
       result[f'{last} over {first}, {word(on)}'] = ratio(
           name('ours', last, on), name('ours', first, on))
       rest = [take(context, on) - take(context, 'attention') for context in (last, first)]

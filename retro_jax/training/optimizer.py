@@ -7,12 +7,11 @@ import dataclasses
 import re
 from collections.abc import Iterable, Sequence
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from retro_jax.errors import UserError, nearest
-from retro_jax.models import for_cpus, retro
+from retro_jax.models import retro
+from retro_jax.training.gradients import clip_by_global_norm
 from retro_jax.training.spikes import skip_spikes as skipping_spikes
 
 
@@ -76,26 +75,6 @@ def schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
       end_value=config.final_fraction * config.peak_learning_rate)
 
 
-def clip(largest: float) -> optax.GradientTransformation:
-  """The gradient made no longer than `largest`, as by optax.clip_by_global_norm.
-
-  The norm is from the very sums that the step reports, so that squares are summed once.
-  """
-
-  def scaled(gradient: retro.Parameters, parameters: retro.Parameters | None) -> retro.Parameters:
-    del parameters
-    norm = jnp.sqrt(sum(squares(g) for g in gradient.values()))
-    scale = jnp.where(norm < largest, 1.0, largest / norm)
-    return {name: g * scale.astype(g.dtype) for name, g in gradient.items()}
-
-  return optax.stateless(scaled)
-
-
-def squares(x: jax.Array) -> jax.Array:
-  """The sum of the squares of all of x."""
-  return for_cpus.total(jnp.square(x))
-
-
 def make_optimizer(config: OptimizerConfig, total_steps: int, skip_spikes: bool = False
                    ) -> optax.GradientTransformation:
   """The whole update rule, over a flat dict of parameters; `skip_spikes` as in spikes.py.
@@ -104,7 +83,7 @@ def make_optimizer(config: OptimizerConfig, total_steps: int, skip_spikes: bool 
   given and taken for the latter only.
   """
   rule = optax.chain(
-      clip(config.clip_norm),
+      clip_by_global_norm(config.clip_norm),
       optax.adamw(schedule(config, total_steps), b1=config.beta1, b2=config.beta2,
                   eps=config.epsilon, weight_decay=config.weight_decay,
                   mask=lambda parameters: {name: retro.is_matrix(name) for name in parameters}))

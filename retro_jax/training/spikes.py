@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from retro_jax.training.gradients import global_norm
+
 
 class SpikeState(NamedTuple):
   """Attributes: the optimizer's own state; the last losses, a ring; how many were seen, skipped."""
@@ -36,7 +38,7 @@ def skip_spikes(inner: optax.GradientTransformation, window: int = 128, sigmas: 
   def update(updates: Any, state: SpikeState, parameters: Any = None, *, value: jax.Array,
              **more: Any) -> tuple[Any, SpikeState]:
     limit = state.losses.mean() + sigmas * state.losses.std()
-    finite = jnp.isfinite(value) & jnp.isfinite(optax.global_norm(updates))
+    finite = jnp.isfinite(value) & jnp.isfinite(global_norm(updates))
     spike = ~finite | ((state.seen >= window) & (value > limit))
     taken, after = inner.update(updates, state.inner, parameters, value=value, **more)
     keep = lambda new, old: jnp.where(spike, old, new)

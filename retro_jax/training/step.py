@@ -16,8 +16,7 @@ from jax.sharding import Mesh
 
 from retro_jax.models import for_cpus, placement, retro
 from retro_jax.models.config import RetroConfig
-from retro_jax.training import optimizer as optimizer_lib
-from retro_jax.training import partitioning
+from retro_jax.training import gradients, partitioning
 from retro_jax.training.compiler import CompilerConfig
 from retro_jax.training.partitioning import ShardingRules
 from retro_jax.training.spikes import SpikeState
@@ -103,16 +102,15 @@ def make_train_step(
     frozen = {name: leaf for name, leaf in state.parameters.items() if name not in learning}
     with placement.on(rules.activations(mesh)):
       total, gradient = loss_and_gradient(learning, frozen, batch)
-    # Before anything reads it, or XLA may do that to the whole on every device.
-    gradient = jax.lax.with_sharding_constraint(
-        gradient, {name: placed.parameters[name] for name in names})
-    targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
-    loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
-    with placement.on(rules.activations(mesh)):
+      # Before anything reads it, or XLA may do that to the whole on every device.
+      gradient = jax.lax.with_sharding_constraint(
+          gradient, {name: placed.parameters[name] for name in names})
+      targets = jnp.maximum(batch['loss_weights'].sum(), 1.0)
+      loss, gradient = total / targets, jax.tree.map(lambda g: g / targets, gradient)
       updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
           gradient, state.optimizer, learning, value=loss)
       parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
-      squares = _by_name(optimizer_lib.squares, gradient, sorted(parameters))
+      squares = _by_name(gradients.squares, gradient, sorted(parameters))
       sums = [_by_name(for_cpus.total, tree, sorted(parameters)) for tree in (updates, parameters)]
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
     metrics = {
