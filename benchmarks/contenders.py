@@ -40,15 +40,18 @@ def start(python: str, code: str, given: Sequence[Any], threads: int, xla_flags:
     python: interpreter.
     code: of the script.
     given: its argument, as JSON.
-    threads: of its matrix products.
+    threads: of its matrix products; it gets as many of this process's CPUs, from which XLA
+      takes its number of threads.
     xla_flags: for XLA; None leaves those of this process.
   """
   environment = {**os.environ, 'OMP_WAIT_POLICY': 'passive', 'OMP_NUM_THREADS': str(threads),
                  'JAX_PLATFORMS': 'cpu'}
   if xla_flags is not None:
     environment['XLA_FLAGS'] = xla_flags
+  cpus = sorted(os.sched_getaffinity(0))[:threads]
   return subprocess.Popen([python, '-c', code, json.dumps(given)], text=True,
-                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment,
+                          preexec_fn=lambda: os.sched_setaffinity(0, cpus))
 
 
 def ask(name: str, process: subprocess.Popen, question: Any) -> Any:

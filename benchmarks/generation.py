@@ -8,9 +8,10 @@ values), one text, 10 % of the tokens kept in sampling, neighbours stubbed by 2 
 for both sides. CPU milliseconds of all threads a token, of the 64 tokens after the context (of 4
 for the peer, which is slow), so that one chunk is completed and its neighbours are read. The
 contenders take turns in rounds; medians are over the rounds. Each context has the smallest window
-that holds it and 64 more tokens. "alone" is the time of reading all layers' caches and nothing
-else: what attention itself costs. RETRO-pytorch drops its `heads` argument; its two stacks are
-built anew here. `pip install torch retro-pytorch` into an environment of its own is the peer.
+that holds it and 64 more tokens, or all have --window, as requests to one server. "alone" is the
+time of reading all layers' caches and nothing else: what attention itself costs. RETRO-pytorch
+drops its `heads` argument; its two stacks are built anew here. `pip install torch retro-pytorch`
+into an environment of its own is the peer.
 
 `live`: a trained model with its database, retrieval on and off in turns: which share of the time
 embedding, searching and the rest take, with percentiles.
@@ -68,7 +69,7 @@ from retro_jax.generation.live_retrieval import FoundNeighbors
 from retro_jax.generation.requests import Request
 from retro_jax.models import attention_kernels as kernels, retro
 from retro_jax.models.config import RetroConfig
-size, (m, k, vocabulary), threads, changes = json.loads(sys.argv[1])
+size, (m, k, vocabulary), threads, changes, window = json.loads(sys.argv[1])
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
                      chunk_length=m, num_neighbors=k, **(size | changes))
 rng = np.random.default_rng(0)
@@ -96,12 +97,12 @@ class Stub:
 engines, attentions = {}, {}
 def attention_alone(context, tokens):
   'What a token reads of the caches of all layers, and nothing else.'
-  window, heads, c = context + m, config.num_heads, config.head_dim
-  if window not in attentions:
+  n, heads, c = window or context + m, config.num_heads, config.head_dim
+  if n not in attentions:
     place = lambda *shape: jax.numpy.asarray(rng.normal(0, 1, shape).astype(np.float32))
-    q, mask = place(1, 1, heads, c), np.arange(window)[None, None] <= context
-    index = np.clip(window - 1 - context + np.arange(window), 0, window - 1)[None, None]
-    caches = [(place(1, heads, window, c), place(1, heads, window, c), place(heads, window, c))
+    q, mask = place(1, 1, heads, c), np.arange(n)[None, None] <= context
+    index = np.clip(n - 1 - context + np.arange(n), 0, n - 1)[None, None]
+    caches = [(place(1, heads, n, c), place(1, heads, n, c), place(heads, n, c))
               for _ in range(config.num_layers)]
     def read(q, caches):
       for keys, values, table in caches:
@@ -110,8 +111,8 @@ def attention_alone(context, tokens):
           by_key = kernels.logits_by_key(q, table, index)
         q = kernels.cached(q, keys, values, mask, by_key)
       return q
-    attentions[window] = jax.jit(read), q, caches
-  read, q, caches = attentions[window]
+    attentions[n] = jax.jit(read), q, caches
+  read, q, caches = attentions[n]
   begin = time.process_time()
   for _ in range(tokens):
     np.asarray(read(q, caches))
@@ -119,10 +120,10 @@ def attention_alone(context, tokens):
 def run(context, retrieval, tokens):
   if retrieval == 'attention':
     return attention_alone(context, tokens)
-  key = context, retrieval
+  n = window or context + m
+  key = n, retrieval
   if key not in engines:
-    engines[key] = Engine(config, parameters, Numbers(), Stub() if retrieval else None,
-                          window=context + m)
+    engines[key] = Engine(config, parameters, Numbers(), Stub() if retrieval else None, window=n)
   engine = engines[key]
   before = engine.tokens_written
   # bos is one of the context's tokens; the first token is written by the last part of the prompt.
@@ -151,6 +152,8 @@ def main() -> None:
   parser.add_argument('--retrieval', nargs='+', default=('off', 'on'), choices=('off', 'on'))
   parser.add_argument('--rounds', type=int, default=5)
   parser.add_argument('--threads', type=int, default=2)
+  parser.add_argument('--window', type=int, default=0, help="of our side's engine; 0 for the "
+                      'smallest of each context')
   parser.add_argument('--change', action='append', default=[], metavar='FIELD=VALUE',
                       help='of RetroConfig, for our side')
   for name in ('run_dir', 'vocabulary', 'database', 'index'):
@@ -171,7 +174,8 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   """CPU milliseconds a token by context, and ratios."""
   changes = parsed(arguments.change)
   given = [SMALL, (M, K, VOCABULARY), arguments.threads]
-  ours = start(sys.executable, OURS + LOOP, [*given, changes], arguments.threads)
+  ours = start(sys.executable, OURS + LOOP, [*given, changes, arguments.window],
+               arguments.threads)
   peer = arguments.peer_python and start(arguments.peer_python, PEER + LOOP, given,
                                          arguments.threads)
   settings = [word == 'on' for word in arguments.retrieval]
@@ -191,7 +195,8 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
         f'{key} {values[-1]:.1f}' for key, values in milliseconds.items()), flush=True)
   ratio = lambda a, b: statistics.median(
       x / y for x, y in zip(milliseconds[a], milliseconds[b]))
-  result = {'size': SMALL | changes, 'milliseconds': milliseconds,
+  result = {'size': SMALL | changes, 'window': arguments.window, 'threads': arguments.threads,
+            'milliseconds': milliseconds,
             'median': {key: statistics.median(values) for key, values in milliseconds.items()}}
   first, last = arguments.contexts[0], arguments.contexts[-1]
   take = lambda context, what: np.array(milliseconds[name('ours', context, what)])
