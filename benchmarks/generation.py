@@ -13,14 +13,16 @@ time of reading all layers' caches and nothing else: what attention itself costs
 drops its `heads` argument; its two stacks are built anew here. `pip install torch retro-pytorch`
 into an environment of its own is the peer.
 
-`live`: a trained model with its database, retrieval on and off in turns: which share of the time
-embedding, searching and the rest take, with percentiles.
+`live`: a trained model with its database, in turns with live retrieval, with the same neighbours
+from memory, which tells what finding them adds, and without any (RETRO[OFF]), which the encoder and
+CCA compute less; and which share of the time embedding, searching and the rest take.
 """
 
 import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -193,8 +195,7 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
         milliseconds.setdefault(name(who, context, on), []).append(took)
     print(f'round {number + 1}: ' + ', '.join(
         f'{key} {values[-1]:.1f}' for key, values in milliseconds.items()), flush=True)
-  ratio = lambda a, b: statistics.median(
-      x / y for x, y in zip(milliseconds[a], milliseconds[b]))
+  over = lambda a, b: ratio(milliseconds[a], milliseconds[b])
   result = {'size': SMALL | changes, 'window': arguments.window, 'threads': arguments.threads,
             'milliseconds': milliseconds,
             'median': {key: statistics.median(values) for key, values in milliseconds.items()}}
@@ -202,19 +203,24 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   take = lambda context, what: np.array(milliseconds[name('ours', context, what)])
   for on in settings:
     if last != first:
-      result[f'{last} over {first}, {word(on)}'] = ratio(
+      result[f'{last} over {first}, {word(on)}'] = over(
           name('ours', last, on), name('ours', first, on))
       rest = [take(context, on) - take(context, 'attention') for context in (last, first)]
       result[f'{last} over {first}, {word(on)}, without reading the caches'] = float(
           np.median(rest[0] / rest[1]))
     if peer and 512 in arguments.contexts:
-      result[f'peer over ours at 512, {word(on)}'] = ratio(
+      result[f'peer over ours at 512, {word(on)}'] = over(
           name('peer', 512, on), name('ours', 512, on))
   return result
 
 
+def ratio(these: Sequence[float], those: Sequence[float]) -> float:
+  """The median of the rounds' ratios."""
+  return statistics.median(x / y for x, y in zip(these, those))
+
+
 def live(arguments: argparse.Namespace) -> dict[str, Any]:
-  """Where the time of a text with live retrieval goes; on and off in turns."""
+  """What live retrieval adds to the time of a text, and where that goes."""
   import time
 
   from retro_jax.data.vocabulary import Vocabulary
@@ -230,33 +236,49 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
       arguments.database)
   embedder = (BertEmbedder() if arguments.embedder == 'bert'
               else LexicalEmbedder(arguments.dimension))
-  retriever = LiveRetriever(database, Index.open(arguments.index, database), embedder, vocabulary,
-                            K)
+
+  class Remembering(LiveRetriever):
+    """Finds what it found before without looking for it, if asked to."""
+    found: dict[bytes, Any] = {}
+    from_memory = False
+
+    def neighbors_of(self, chunks, watch):
+      if not self.from_memory:
+        self.found.update(
+            (chunk.tobytes(), neighbors)
+            for chunk, neighbors in zip(chunks, super().neighbors_of(chunks, watch)))
+      return [self.found[chunk.tobytes()] for chunk in chunks]
+
+  retriever = Remembering(database, Index.open(arguments.index, database), embedder, vocabulary, K)
   retriever.warm_up(1)
   m = config.chunk_length
   # The whole text fits, so that nothing is read twice.
   window = (2 + -(-arguments.tokens // m)) * m
   engine = Engine(config, parameters, vocabulary, retriever, window=window)
   prompt = vocabulary.decode(database.tokens(0).tolist()[:m - 1])
-  seconds: dict[bool, list[float]] = {True: [], False: []}
+  seconds: dict[str, list[float]] = {'live': [], 'from memory': [], 'off': []}
   parts: dict[str, list[float]] = {}
   for number in range(-1, arguments.rounds):
-    for on in (True, False):
+    for how, values in seconds.items():
       engine.seconds.clear()
+      retriever.from_memory = how == 'from memory'
       begin = time.perf_counter()
-      made = engine.generate(Request(prompt, arguments.tokens, seed=number + 1, retrieval=on))
+      made = engine.generate(
+          Request(prompt, arguments.tokens, seed=number + 1, retrieval=how != 'off'))
       took = (time.perf_counter() - begin) / max(1, len(made.tokens))
-      if number >= 0:
-        seconds[on].append(took)
-        if on:
-          for part, values in engine.seconds.items():
-            parts.setdefault(part, []).extend(values)
+      if number >= 0:  # the first round compiles
+        values.append(took)
+        if how == 'live':
+          for part, calls in engine.seconds.items():
+            parts.setdefault(part, []).extend(calls)
   total = sum(parts['step'])
   retrieving = ('embed', 'search', 'neighbour tokens', 'describe')
   return {
       'database': {'chunks': database.num_chunks, 'embedder': arguments.embedder},
-      'milliseconds a token, on': 1000 * statistics.median(seconds[True]),
-      'milliseconds a token, off': 1000 * statistics.median(seconds[False]),
+      'milliseconds a token': {how: 1000 * statistics.median(values)
+                               for how, values in seconds.items()},
+      **{f'live over {how}': ratio(seconds['live'], seconds[how])
+         for how in ('from memory', 'off')},
       'share of retrieval': sum(sum(parts.get(part, ())) for part in retrieving) / total,
       'shares': {part: sum(values) / total for part, values in parts.items() if part != 'step'},
       'milliseconds at 50, 90, 99 %': {
