@@ -6,6 +6,7 @@ in, an answer in JSON goes out.
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -62,6 +63,11 @@ def ask(name: str, process: subprocess.Popen, question: Any) -> Any:
   if not answer:
     sys.exit(f'{name} ended; see above')
   return json.loads(answer)
+
+
+def ratio(these: Sequence[float], those: Sequence[float]) -> float:
+  """Of two contenders that took turns: the median of the rounds' ratios."""
+  return statistics.median(a / b for a, b in zip(these, those))
 
 
 def parsed(changes: Sequence[str]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from contenders import ratio
 
 # Reads the model, then one path of texts a line; writes vectors beside it and says the time.
 PEER = """
@@ -96,7 +97,7 @@ def main() -> None:
       'chunks': len(texts), 'threads': args.threads, 'peer': best,
       'chunks_per_cpu_second': len(texts) / statistics.median(seconds['ours']),
       'peer_chunks_per_cpu_second': len(texts) / statistics.median(seconds[best]),
-      'ratio': statistics.median(p / o for p, o in zip(seconds[best], seconds['ours'])),
+      'ratio': ratio(seconds[best], seconds['ours']),
       'largest_difference': float(np.abs(vectors['ours'] - vectors[best]).max()),
   }
   print(json.dumps(result, indent=2))

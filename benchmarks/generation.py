@@ -14,19 +14,18 @@ drops its `heads` argument; its two stacks are built anew here. `pip install tor
 into an environment of its own is the peer.
 
 `live`: a trained model with its database, in turns with live retrieval, with the same neighbours
-from memory, which tells what finding them adds, and without any (RETRO[OFF]), which the encoder and
-CCA compute less; and which share of the time embedding, searching and the rest take.
+from memory, which tells what finding them adds, and without any (RETRO[OFF]), where encoder and
+CCA do not run either; and which share of the time embedding, searching and the rest take.
 """
 
 import argparse
 import json
 import statistics
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from contenders import PEER_MODEL, ask, parsed, start
+from contenders import PEER_MODEL, ask, parsed, ratio, start
 
 M, K, VOCABULARY = 64, 2, 32_000
 SMALL = dict(d_model=256, num_layers=6, num_heads=4, cca_layers=(3, 6), encoder_layers=2,
@@ -97,10 +96,11 @@ class Stub:
     return [FoundNeighbors(np.arange(k), np.zeros(k, np.float32), row,
                            np.full(k, 2 * m, np.int32)) for row in tokens]
 engines, attentions = {}, {}
+def holds(context): return window or context + m
 def attention_alone(context, tokens):
   'What a token reads of the caches of all layers, and nothing else.'
-  n, heads, c = window or context + m, config.num_heads, config.head_dim
-  if n not in attentions:
+  if context not in attentions:
+    n, heads, c = holds(context), config.num_heads, config.head_dim
     place = lambda *shape: jax.numpy.asarray(rng.normal(0, 1, shape).astype(np.float32))
     q, mask = place(1, 1, heads, c), np.arange(n)[None, None] <= context
     index = np.clip(n - 1 - context + np.arange(n), 0, n - 1)[None, None]
@@ -113,8 +113,8 @@ def attention_alone(context, tokens):
           by_key = kernels.logits_by_key(q, table, index)
         q = kernels.cached(q, keys, values, mask, by_key)
       return q
-    attentions[n] = jax.jit(read), q, caches
-  read, q, caches = attentions[n]
+    attentions[context] = jax.jit(read), q, caches
+  read, q, caches = attentions[context]
   begin = time.process_time()
   for _ in range(tokens):
     np.asarray(read(q, caches))
@@ -122,10 +122,10 @@ def attention_alone(context, tokens):
 def run(context, retrieval, tokens):
   if retrieval == 'attention':
     return attention_alone(context, tokens)
-  n = window or context + m
-  key = n, retrieval
+  key = holds(context), retrieval
   if key not in engines:
-    engines[key] = Engine(config, parameters, Numbers(), Stub() if retrieval else None, window=n)
+    engines[key] = Engine(config, parameters, Numbers(), Stub() if retrieval else None,
+                          window=holds(context))
   engine = engines[key]
   before = engine.tokens_written
   # bos is one of the context's tokens; the first token is written by the last part of the prompt.
@@ -214,11 +214,6 @@ def sizes(arguments: argparse.Namespace) -> dict[str, Any]:
   return result
 
 
-def ratio(these: Sequence[float], those: Sequence[float]) -> float:
-  """The median of the rounds' ratios."""
-  return statistics.median(x / y for x, y in zip(these, those))
-
-
 def live(arguments: argparse.Namespace) -> dict[str, Any]:
   """What live retrieval adds to the time of a text, and where that goes."""
   import time
@@ -239,8 +234,7 @@ def live(arguments: argparse.Namespace) -> dict[str, Any]:
 
   class Remembering(LiveRetriever):
     """Finds what it found before without looking for it, if asked to."""
-    found: dict[bytes, Any] = {}
-    from_memory = False
+    from_memory, found = False, {}
 
     def neighbors_of(self, chunks, watch):
       if not self.from_memory:

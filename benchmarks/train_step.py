@@ -19,7 +19,7 @@ import subprocess
 import sys
 from typing import Any
 
-from contenders import PEER_MODEL, ask, parsed, start
+from contenders import PEER_MODEL, ask, parsed, ratio, start
 
 N, M, K, VOCABULARY = 512, 64, 2, 32_000
 
@@ -130,7 +130,7 @@ def main() -> None:
           contender, arguments.peer_python, PEER, size, arguments.threads, retrieval)
   if unknown := set(arguments.only) - set(known):
     parser.error(f'no contender {sorted(unknown)[0]!r}, only {", ".join(known)}')
-  contenders = {name: known[name]() for name in known if name in (arguments.only or known)}
+  contenders = {name: begin() for name, begin in known.items() if name in (arguments.only or known)}
   seconds = measure(contenders, arguments.rounds, arguments.steps)
   result = summary(arguments.size, size, seconds, arguments.steps, changes)
   print(json.dumps(result, indent=2))
@@ -178,7 +178,6 @@ def summary(name: str, size: Size, seconds: dict[str, list[float]], steps: int,
   config = RetroConfig(vocab_size=VOCABULARY, head_dim=64, encoder_heads=size.num_heads,
                        chunk_length=M, num_neighbors=K, **(fields | changes))
   count = lambda c: flops.forward_flops(c, size.batch, N, as_computed=True).total
-  ratio = lambda a, b: statistics.median(x / y for x, y in zip(seconds[a], seconds[b]))
   result = {
       'size': name, 'changes': changes,
       'tokens_per_cpu_second': {who: size.batch * N * steps / statistics.median(values)
@@ -191,7 +190,7 @@ def summary(name: str, size: Size, seconds: dict[str, list[float]], steps: int,
   for who in seconds:
     if who.startswith('RETRO'):
       pairs[f'speed over the peer, {who}'] = 'peer RETRO', who
-  return result | {what: ratio(a, b) for what, (a, b) in pairs.items()
+  return result | {what: ratio(seconds[a], seconds[b]) for what, (a, b) in pairs.items()
                    if a in seconds and b in seconds}
 
 

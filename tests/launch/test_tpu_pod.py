@@ -116,7 +116,7 @@ def test_preemption_in_the_middle_makes_a_new_slice_and_goes_on(pod):
   result = pod.call('train')
   assert result.returncode == 0, result.stderr
   assert pod.calls() == [CREATE, *INSTALL_TO_START, DELETE, CREATE, *INSTALL_TO_START]
-  assert 'taken away' in result.stderr and len(pod.attempts()) == 2
+  assert 'taken away' in result.stderr and len(pod.attempts(1)) == 2
 
 
 def test_preempted_by_sigterm_on_a_slice_that_stays(pod):
