@@ -142,7 +142,7 @@ def test_a_new_checkpoint_forgives_failures(pod):
 
 def test_one_worker_fails_while_the_others_hang(pod):
   pod.set('plan', 'deaf 137\n0 0')
-  result = pod.call('train', RETRO_GRACE_SECONDS='2')
+  result = pod.call('train', RETRO_GRACE_SECONDS='4')
   assert result.returncode == 0, result.stderr
   assert 'exit code 137' in result.stderr and 'ending them' in result.stderr
 
