@@ -64,11 +64,13 @@ def step():
 OURS = """
 import json, sys, time
 import jax, numpy as np
+from retro_jax.data import batches
 from retro_jax.models.config import RetroConfig
 from retro_jax.training import optimizer, partitioning, state, step as step_lib
 size, (n, m, k, vocabulary), threads, retrieval, changes = json.loads(sys.argv[1])
 b = size.pop('batch')
-size |= {'loss_block': 128, 'scan_layers': False}  # as gin/machines/cpu.gin
+size |= {'loss_block': 512, 'scan_layers': False}  # as gin/machines/cpu.gin, with
+microbatch_tokens = 1024
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
                      chunk_length=m, num_neighbors=k, **(size | changes))
 config = config if retrieval else config.baseline()
@@ -77,7 +79,9 @@ settings = optimizer.OptimizerConfig(warmup_steps=1, peak_learning_rate=1e-4)
 rule = optimizer.make_optimizer(settings, 1000)
 abstract = state.abstract_state(config, rule, partitioning.ShardingRules(), mesh)
 current = state.init_state(config, rule, 0, abstract)
-run = step_lib.make_train_step(config, rule, optimizer.schedule(settings, 1000), mesh, abstract)
+run = step_lib.make_train_step(
+    config, rule, optimizer.schedule(settings, 1000), mesh, abstract,
+    microbatches=batches.microbatches(mesh, b, n, microbatch_tokens))
 rng = np.random.default_rng(0)
 tokens = rng.integers(1, vocabulary, (b, n + 1)).astype(np.int32)
 found = rng.integers(1, vocabulary, (b, n // m, k, 2 * m)).astype(np.int32)

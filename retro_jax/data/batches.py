@@ -238,19 +238,39 @@ def _close_all() -> None:
     iterator.close()
 
 
-def check_divides(mesh: Mesh, batch_size: int, microbatches: int = 1) -> None:
-  """Refuses a batch of which not every device gets as many sequences in each microbatch.
+def check_divides(mesh: Mesh, batch_size: int) -> None:
+  """Refuses a batch of which not every device gets as many sequences.
 
   Raises:
-    UserError: such a batch, or less than one microbatch.
+    UserError: such a batch.
   """
-  if microbatches < 1:
-    raise UserError(f'microbatches = {microbatches}, expected at least 1')
-  ways = mesh.shape['data'] * mesh.shape['fsdp'] * microbatches
+  ways = mesh.shape['data'] * mesh.shape['fsdp']
   if batch_size % ways:
-    parts = f' x {microbatches} microbatches' if microbatches > 1 else ''
-    raise UserError(f'batch size {batch_size} does not divide over data x fsdp{parts} = {ways}; '
+    raise UserError(f'batch size {batch_size} does not divide over data x fsdp = {ways}; '
                     f'choose a multiple of {ways}')
+
+
+def microbatches(mesh: Mesh, batch_size: int, sequence_length: int, microbatch_tokens: int) -> int:
+  """Into how many parts a batch is cut that are computed one after the other.
+
+  Args:
+    mesh, batch_size: devices and sequences over all of them.
+    sequence_length: n, tokens.
+    microbatch_tokens: at most so many of a device at a time, but at least a sequence; 0 for all.
+
+  Returns:
+    The smallest number that cuts each device's sequences into equal parts of that size.
+
+  Raises:
+    UserError: a batch that does not divide over the devices, or a negative number of tokens.
+  """
+  check_divides(mesh, batch_size)
+  if microbatch_tokens < 0:
+    raise UserError(f'microbatch_tokens = {microbatch_tokens}, expected at least 0')
+  share = batch_size // (mesh.shape['data'] * mesh.shape['fsdp'])
+  at_once = max(microbatch_tokens // sequence_length, 1) if microbatch_tokens else share
+  return next(parts for parts in range(1, share + 1)
+              if share % parts == 0 and share // parts <= at_once)
 
 
 def rows_of_process(mesh: Mesh, batch_size: int) -> slice:

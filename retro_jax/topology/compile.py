@@ -33,9 +33,8 @@ class StepConfig:
   """A training step to compile.
 
   Attributes:
-    model, mesh, rules, optimizer, compiler: as in training.
+    model, mesh, rules, optimizer, compiler, microbatch_tokens: as in training.
     batch_size: sequences over all devices.
-    microbatches: parts of it computed one after the other.
     sequence_length: n, tokens of a sequence.
   """
   model: RetroConfig
@@ -44,7 +43,7 @@ class StepConfig:
   optimizer: OptimizerConfig = OptimizerConfig()
   compiler: CompilerConfig = CompilerConfig()
   batch_size: int = 256
-  microbatches: int = 1
+  microbatch_tokens: int = 0
   sequence_length: int = 2048
 
   def __post_init__(self):
@@ -82,7 +81,6 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
       that does not exist.
   """
   mesh = partitioning.make_mesh(config.mesh, chips.devices(topology))
-  batches.check_divides(mesh, config.batch_size, config.microbatches)
   model_flops = flops.training_flops(config.model, config.batch_size, config.sequence_length)
   lowered = _lower(config, mesh)
   start = time.monotonic()
@@ -107,11 +105,13 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
 
 def _lower(config: StepConfig, mesh: jax.sharding.Mesh) -> Any:
   """The step of training/, traced and lowered with abstract arguments."""
+  microbatches = batches.microbatches(mesh, config.batch_size, config.sequence_length,
+                                      config.microbatch_tokens)
   rule = optimizer.make_optimizer(config.optimizer, _STEPS)
   abstract = state.abstract_state(config.model, rule, config.rules, mesh)
   train_step = step.make_train_step(
       config.model, rule, optimizer.schedule(config.optimizer, _STEPS), mesh, abstract,
-      config.rules, config.microbatches, config.compiler,
+      config.rules, microbatches, config.compiler,
       optimizer.trained(config.optimizer, abstract.parameters))
   examples = partitioning.batch_sharding(mesh)
   shapes = batch_shapes(config.model, config.batch_size, config.sequence_length)

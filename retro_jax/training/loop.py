@@ -44,7 +44,7 @@ class DataConfig:
   """Which retrieval examples a run reads.
 
   Attributes:
-    train: folders of training examples and the rate of each in the mixture.
+    train: folders of training examples and the rate of each in the mixture; or one folder.
     valid: folder that is scored while training, or ''.
     valid_random: the same sequences with random neighbours, or ''.
     seed: of the order of the examples.
@@ -54,6 +54,13 @@ class DataConfig:
   valid_random: str = ''
   seed: int = 0
 
+  def __post_init__(self):
+    if isinstance(self.train, str):
+      object.__setattr__(self, 'train', {self.train: 1.0} if self.train else {})
+    if not isinstance(self.train, Mapping):
+      raise UserError(f'DataConfig.train = {self.train!r}, expected a folder of training examples '
+                      'or {folder: rate, ...}')
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
@@ -62,7 +69,8 @@ class TrainingConfig:
   Attributes:
     steps: in all; the learning-rate schedule ends there.
     batch_size: sequences in a global batch.
-    microbatches: parts of a batch computed one after the other (gradient accumulation).
+    microbatch_tokens: so many tokens of each device's share of a batch are computed at a time
+      (gradient accumulation; at least a sequence), 0 for all: less memory, the same gradient.
     seed: of the initial parameters.
     skip_spikes: do not take steps whose loss is beyond mean + 6 deviations of the last 128.
     log_every: steps between rows of metrics.
@@ -74,7 +82,7 @@ class TrainingConfig:
   """
   steps: int = 800_000
   batch_size: int = 256
-  microbatches: int = 1
+  microbatch_tokens: int = 0
   seed: int = 0
   skip_spikes: bool = False
   log_every: int = 50
@@ -126,7 +134,8 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   data = _register(job)
   _check(job, data)
   mesh = partitioning.make_mesh(job.mesh)
-  batches.check_divides(mesh, config.batch_size, config.microbatches)
+  microbatches = batches.microbatches(mesh, config.batch_size, data.shape.sequence_length,
+                                      config.microbatch_tokens)
   rows = batches.rows_of_process(mesh, config.batch_size)
 
   # ----------------------------------------------------------------------------- state
@@ -152,7 +161,7 @@ def _train(job: TrainJob, preemption: distributed.Preemption) -> dict[str, float
   # ------------------------------------------------------------------------------ loop
   train_step = step.make_train_step(
       model, update_rule, optimizer.schedule(job.optimizer, config.steps), mesh, abstract,
-      job.rules, config.microbatches, job.compiler,
+      job.rules, microbatches, job.compiler,
       optimizer.trained(job.optimizer, abstract.parameters))
   evaluate = _Validation(job, mesh, state.shardings(abstract).parameters)
   writer = MetricWriter(run_dir, first)

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -172,6 +173,24 @@ def test_mistakes(made):
     next(batches.evaluation_batches('both', 2))
   with pytest.raises(UserError, match='at least 1 in each'):
     ExampleOrder([3, 0])
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 24), st.integers(1, 9),
+       st.integers(0, 99))
+def test_microbatches_are_the_fewest_equal_parts_that_are_small_enough(
+    data, fsdp, share, sequence_length, limit):
+  mesh = jax.sharding.AbstractMesh((data, fsdp, 3), ('data', 'fsdp', 'tensor'))
+  parts = batches.microbatches(mesh, data * fsdp * share, sequence_length, limit)
+  at_once, rest = divmod(share, parts)
+  small_enough = lambda sequences: (
+      not limit or sequences == 1 or sequences * sequence_length <= limit)
+  assert rest == 0 and small_enough(at_once)
+  assert not any(share % fewer == 0 and small_enough(share // fewer) for fewer in range(1, parts))
+  if data * fsdp > 1:
+    with pytest.raises(UserError, match='does not divide'):
+      batches.microbatches(mesh, data * fsdp * share + 1, sequence_length, limit)
+  with pytest.raises(UserError, match='microbatch_tokens = -1'):
+    batches.microbatches(mesh, data * fsdp * share, sequence_length, -1)
 
 
 MESH = '''

@@ -187,6 +187,29 @@ def test_batch_that_does_not_divide_is_refused(folder):
     loop.train(job_in(folder, 'misfit', batch_size=6))
 
 
+def test_batch_in_parts_of_a_sequence_gives_the_same_losses(runs, folder, monkeypatch):
+  seen, real = [], loop.step.make_train_step
+
+  def make_train_step(*args, **kwargs):
+    seen.append(args[6])
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(loop.step, 'make_train_step', make_train_step)
+  loop.train(job_in(folder, 'parts', microbatch_tokens=48))  # a sequence has 32, a device two
+  assert seen == [2]
+  whole, parts = (metrics.read_metrics(str(folder / name)) for name in ('straight', 'parts'))
+  for name in ('loss', 'gradient_norm'):
+    assert [row[name] for row in parts] == pytest.approx([row[name] for row in whole], rel=1e-4)
+  assert [row['batch_hash'] for row in parts] == [row['batch_hash'] for row in whole]
+
+
+def test_training_data_is_one_folder_or_folders_and_rates():
+  assert DataConfig('runs/a') == DataConfig({'runs/a': 1.0})
+  assert DataConfig('').train == {}
+  with pytest.raises(UserError, match=r"DataConfig.train = \('runs/a',\), expected a folder"):
+    DataConfig(('runs/a',))
+
+
 def test_rows_tell_speed_and_where_time_went(runs):
   straight, broken = (metrics.read_metrics(job.run_dir) for job in runs[:2])
   last = straight[-1]
