@@ -14,6 +14,7 @@ Logits and softmax are float32 whatever the dtype of the heads.
 
 import functools
 import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import numpy as np
 
 from retro_jax.models.for_cpus import row_max, row_sum
 from retro_jax.models.placement import on_each_device, on_one_cpu, platform
-from retro_jax.models.positions import by_row, skew
+from retro_jax.models.positions import skew
 
 Array = jax.Array
 ByDistance = tuple[Array, Array] | None
@@ -30,8 +31,8 @@ ROTARY_KERNELS = ('dot_product', 'splash')
 # Far below any real logit, yet finite: a row with every key masked stays free of NaN.
 MASKED_LOGIT = -1e30
 _BLOCK = 128
-# Products by row pay from 1 sequence for this many rows.
-_BY_ROW = 2
+# Neighbouring rows whose products with distances are one, on CPUs.
+_TOGETHER = 16
 
 
 def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = None,
@@ -133,25 +134,24 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _position_logits(position: Array, p: Array, columns: int) -> Array:
   """Logits of relative positions, [..., h, q, columns], from the two parts of ByDistance.
 
-  Either every row meets every distance, and `skew` picks what belongs to each key; or row i
-  meets only the keys of its own distances, in a product of its own over all sequences. The
-  latter has half the FLOPs and moves fewer logits, but has a copy of p for each row: worth it on
-  CPUs, where sequences are many and short (the encoder and CCA).
+  Every row meets every distance, and `skew` picks what belongs to each key. On CPUs the rows meet
+  only what occurs in their block of neighbours: for a short sequence that asks in both
+  directions, half of the products would be for nobody.
   """
   if not on_one_cpu():
     of_distance = jnp.einsum('...qhc,thc->...hqt', position, p, preferred_element_type=jnp.float32)
     return skew(of_distance, columns)
-  # Sequences as one axis: XLA for CPUs is slower with several.
   *lead, rows, heads, width = position.shape
-  position, p = position.reshape(-1, rows, heads, width), p.swapaxes(0, 1)
-  if _BY_ROW * len(position) >= rows:
-    by_key = jnp.einsum('bqhc,hqsc->hqbs', position, by_row(p, rows, columns),
-                        preferred_element_type=jnp.float32).transpose(2, 0, 1, 3)
-  else:
-    position = jnp.moveaxis(position, 2, 0).reshape(heads, -1, width)
-    of_distance = jnp.einsum('hrc,htc->hrt', position, p, preferred_element_type=jnp.float32)
-    by_key = skew(of_distance.reshape(heads, -1, rows, p.shape[1]), columns).swapaxes(0, 1)
-  return by_key.reshape(*lead, heads, rows, columns)
+  # Those of causal attention are blocks already, and have no distances to what comes after.
+  block = math.gcd(rows, _TOGETHER) if len(p) == rows + columns else rows
+  blocks = rows // block
+  p = jnp.stack([p[rows - last:][:block + columns] for last in range(block, rows + 1, block)])
+  # Sequences as one axis: XLA for CPUs is slower with several.
+  position = position.reshape(-1, blocks, block, heads, width).transpose(3, 1, 0, 2, 4)
+  of_distance = jnp.einsum('harc,athc->hart', position.reshape(heads, blocks, -1, width), p,
+                           preferred_element_type=jnp.float32)
+  by_key = skew(of_distance.reshape(heads, blocks, -1, block, p.shape[1]), columns)
+  return by_key.transpose(2, 0, 1, 3, 4).reshape(*lead, heads, rows, columns)
 
 
 def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,

@@ -27,7 +27,7 @@ def sinusoid(distance: np.ndarray, width: int) -> np.ndarray:
   return np.concatenate([np.sin(angle), np.cos(angle)], axis=-1).astype(np.float32)
 
 
-def skew(by_distance: Array, columns: int, axis: int = -2) -> Array:
+def skew(by_distance: Array, columns: int) -> Array:
   """Turns what rows have by distance into what they have by key, without a gather.
 
   Column t of the input is the t-th distance of `distances`; row i needs, for key j,
@@ -36,27 +36,17 @@ def skew(by_distance: Array, columns: int, axis: int = -2) -> Array:
   appendix B). What the distance too many gave ends up where nobody reads it.
 
   Args:
-    by_distance: [..., rows, number of distances, ...].
+    by_distance: [..., rows, number of distances].
     columns: number of keys.
-    axis: of the rows; distances are the next one.
 
   Returns:
-    [..., rows, columns, ...]. When only the non-negative distances of a causal attention
+    [..., rows, columns]. When only the non-negative distances of a causal attention
     were given, entries above the diagonal are meaningless and must be masked.
   """
-  axis %= by_distance.ndim
-  rows, width = by_distance.shape[axis:axis + 2]
-  before, after = by_distance.shape[:axis], by_distance.shape[axis + 2:]
-  flat = by_distance.reshape(*before, rows * width, *after)
-  flat = jax.lax.slice_in_dim(flat, rows - 1, rows - 1 + rows * (width - 1), axis=axis)
-  narrower = flat.reshape(*before, rows, width - 1, *after)
-  return jax.lax.slice_in_dim(narrower, 0, columns, axis=axis + 1)
-
-
-def by_row(vectors: Array, rows: int, columns: int) -> Array:
-  """The vectors of `distances`, [h, number of distances, c], as [h, rows, columns, c]."""
-  heads, *rest = vectors.shape
-  return skew(jnp.broadcast_to(vectors[:, None], (heads, rows, *rest)), columns, axis=1)
+  *lead, rows, width = by_distance.shape
+  flat = by_distance.reshape(*lead, rows * width)
+  flat = flat[..., rows - 1:rows - 1 + rows * (width - 1)]
+  return flat.reshape(*lead, rows, width - 1)[..., :columns]
 
 
 def rotate(x: Array, first: int = 0, base: float = 10_000.0, scaling: Sequence[float] = ()

@@ -47,8 +47,8 @@ def test_equals_loops(rows, columns, offset, groups, scheme):
     np.testing.assert_allclose(got[b], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_position_logits_by_row_equal_skewed_ones(monkeypatch):
-  """In value and gradient: how many short sequences there are does not matter."""
+def test_position_logits_do_not_depend_on_the_blocks_of_rows(monkeypatch):
+  """In value and gradient, of rows that meet distances one by one, in pairs and all at once."""
   module, _ = build(6, 10)
   rng = np.random.default_rng(0)
   x, context, weights = (rng.normal(size=shape).astype(np.float32)
@@ -56,14 +56,16 @@ def test_position_logits_by_row_equal_skewed_ones(monkeypatch):
   mask = rng.random((2, 3, 4, 10)) < 0.7
   structure, parameters = nnx.split(module)
 
-  def run(pays):
-    monkeypatch.setattr(attention_kernels, '_BY_ROW', pays)
+  def run(together):
+    monkeypatch.setattr(attention_kernels, '_TOGETHER', together)
     loss = lambda p, x: (nnx.merge(structure, p)(
         x, context, mask, offset=3, key_groups=2) * weights).sum()
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))(parameters, x)
 
-  for got, wanted in zip(jax.tree.leaves(run(4)), jax.tree.leaves(run(0)), strict=True):
-    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+  wanted = jax.tree.leaves(run(4))
+  for together in (1, 2):
+    for leaf, of_all in zip(jax.tree.leaves(run(together)), wanted, strict=True):
+      np.testing.assert_allclose(leaf, of_all, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize('q, k, mask', [
