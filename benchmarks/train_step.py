@@ -4,9 +4,10 @@
 
 Forward, backward and AdamW in float32 on random tokens, all contenders in turn in each round,
 each in a process of its own and after a step that is not counted; prints tokens per CPU second
-(all threads; waiting ones sleep) and ratios, medians over the rounds. The sizes are SMALL (d 256, 6 layers) and MED (d 896, 12 layers),
-sequences of 512 tokens, 2 neighbours of 128 a chunk of 64, 32,000 tokens. RETRO-pytorch drops
-its `heads` argument; its two stacks are built anew here with the heads of the size.
+(all threads; waiting ones sleep) and ratios, medians over the rounds. The sizes are SMALL (d 256,
+6 layers) and MED (d 896, 12 layers), sequences of 512 tokens, 2 neighbours of 128 a chunk of 64,
+32,000 tokens. RETRO-pytorch drops its `heads` argument; its two stacks are built anew here with
+the heads of the size.
 `pip install torch retro-pytorch` into an environment of its own is the peer.
 """
 

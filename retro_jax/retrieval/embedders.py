@@ -62,7 +62,8 @@ class BertEmbedder(EmbedderBase):
   max_length: int = 0
   normalize: bool | None = None
   batch_tokens: int = 1024
-  bucket_lengths: tuple[int, ...] = (16, 32, 48, 64, 80, 96, 128, 192, 256, 384, 512)
+  bucket_lengths: tuple[int, ...] = (
+      16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 256, 384, 512)
   precision: str = 'highest'
   mesh: Any = None
 
