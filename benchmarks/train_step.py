@@ -7,8 +7,8 @@ each in a process of its own and after a step that is not counted; prints tokens
 (all threads; waiting ones sleep) and ratios, medians over the rounds. The sizes are SMALL (d 256,
 6 layers) and MED (d 896, 12 layers), sequences of 512 tokens, 2 neighbours of 128 a chunk of 64,
 32,000 tokens. RETRO-pytorch drops its `heads` argument; its two stacks are built anew here with
-the heads of the size.
-`pip install torch retro-pytorch` into an environment of its own is the peer.
+the heads of the size. `pip install torch retro-pytorch` into an environment of its own is the
+peer.
 """
 
 import argparse
@@ -70,7 +70,8 @@ from retro_jax.models.config import RetroConfig
 from retro_jax.training import optimizer, partitioning, state, step as step_lib
 size, (n, m, k, vocabulary), threads, retrieval, changes = json.loads(sys.argv[1])
 b = size.pop('batch')
-size |= {'loss_block': 512, 'scan_layers': False}  # as gin/machines/cpu.gin, with
+# As gin/machines/cpu.gin.
+size |= {'loss_block': 512, 'scan_layers': False}
 microbatch_tokens = 512
 config = RetroConfig(vocab_size=vocabulary, head_dim=64, encoder_heads=size['num_heads'],
                      chunk_length=m, num_neighbors=k, **(size | changes))
