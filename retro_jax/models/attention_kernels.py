@@ -134,8 +134,8 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def _position_logits(position: Array, p: Array, columns: int) -> Array:
   """Logits of relative positions, [..., h, q, columns], from the two parts of ByDistance.
 
-  Every row meets every distance, and `skew` picks what belongs to each key. On CPUs the rows meet
-  only what occurs in their block of neighbours: for a short sequence that asks in both
+  Every row meets every distance, and `skew` picks what belongs to each key. On CPUs rows meet only
+  what occurs in the block of rows they stand in: for a short sequence that asks in both
   directions, half of the products would be for nobody.
   """
   if not on_one_cpu():
