@@ -24,7 +24,7 @@ model = RetroConfig(num_layers=layers, cca_layers=tuple(range(6, layers + 1, 3))
                     dtype='bfloat16' if topology else 'float32', remat='full')
 config = compiling.StepConfig(model, batch_size=8, sequence_length=512)
 devices = chips.devices(chips.parse(topology)) if topology else None
-lowered = compiling._lower(config, partitioning.make_mesh(config.mesh, devices))
+lowered = compiling.lower(config, partitioning.make_mesh(config.mesh, devices))
 begin = time.process_time()
 lowered.compile()
 print(time.process_time() - begin)

@@ -8,7 +8,7 @@ Logits and softmax are float32 whatever the dtype of the heads.
 |---|---|---|
 | `einsum`      | all       | the n x n logits of all heads at once: the reference |
 | `blocked`     | all       | rows by blocks, each against the keys before its end: half the work |
-| `dot_product` | others    | jax.nn.dot_product_attention (cuDNN on GPUs that have it) |
+| `dot_product` | others    | jax.nn.dot_product_attention, by cuDNN where it takes the heads |
 | `splash`      | others    | the fused TPU kernel of JAX, on each device's own rows and heads |
 """
 
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.models.for_cpus import row_max, row_sum
-from retro_jax.models.placement import on_each_device, on_one_cpu, platform
+from retro_jax.models.placement import has_cudnn, on_each_device, on_one_cpu, platform
 from retro_jax.models.positions import skew
 
 Array = jax.Array
@@ -55,6 +55,8 @@ def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = 
     by_key = jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
   if on_one_cpu():
     return _by_head(q, k, v, mask, by_key)
+  if by_key is None and _cudnn_takes(q, k):
+    return _by_cudnn(q, k, v, mask)
   logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
   if by_key is not None:
     logits += by_key
@@ -160,8 +162,7 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
   if kernel == 'splash':
     return _splash(q, k, v, segments, block)
   if kernel == 'dot_product':
-    mask = _causal_mask(segments, 0, segments.shape[1])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=1.0)
+    return _dot_product(q, k, v, segments)
   if kernel not in ('einsum', 'blocked'):
     raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
   n = q.shape[1]
@@ -229,6 +230,50 @@ def _causal_mask(segments: Array, first: int, last: int) -> Array:
   """bool [b, last - first, last] for rows first..last - 1."""
   order = np.arange(last)[None, :] <= np.arange(first, last)[:, None]
   return order & (segments[:, first:last, None] == segments[:, None, :last])
+
+
+def _dot_product(q: Array, k: Array, v: Array, segments: Array) -> Array:
+  """JAX's own attention: cuDNN's fused kernel where it takes the heads, else all n x n logits."""
+  implementation = 'cudnn' if _cudnn_takes(q, k) else 'xla'
+
+  def local(q: Array, k: Array, v: Array, segments: Array) -> Array:
+    same = segments[:, None, :, None] == segments[:, None, None, :]
+    return jax.nn.dot_product_attention(q, k, v, mask=same, scale=1.0, is_causal=True,
+                                        implementation=implementation)
+
+  return on_each_device(local, 'bnhc', 'bnhc', 'bnhc', 'bn', out='bnhc')(q, k, v, segments)
+
+
+def _cudnn_takes(q: Array, k: Array) -> bool:
+  """Whether cuDNN is there and its attention knows such heads, with a mask and a gradient."""
+  return (has_cudnn() and q.dtype.itemsize == 2 and q.shape[-1] % 8 == 0 and q.shape[-1] <= 128
+          and q.shape[-3] % 2 == 0 and k.shape[-3] % 2 == 0)
+
+
+def _by_cudnn(q: Array, k: Array, v: Array, mask: Array) -> Array:
+  """`masked` without positions by logits. Rows that ask the same keys become rows of one matrix."""
+  shared = _shared_axes(q, k)
+  lead = q.shape[:q.ndim - 3 - shared]
+  mask = jnp.broadcast_to(mask, (*q.shape[:-2], k.shape[-3]))
+  # A row that may read nothing reads everything and is thrown away: cuDNN would make NaN of it.
+  reads = mask.any(axis=-1)
+  mask |= ~reads[..., None]
+  k, v = (jnp.broadcast_to(x.reshape(*x.shape[:x.ndim - 3 - shared], *x.shape[-3:]),
+                           (*lead, *x.shape[-3:])) for x in (k, v))
+
+  def local(q: Array, k: Array, v: Array, mask: Array) -> Array:
+    keys, heads, width = k.shape[-3:]
+    groups = math.prod(k.shape[:-3])
+    by_group = lambda x: x.reshape(groups, -1, heads, width)
+    mixed = jax.nn.dot_product_attention(
+        by_group(q), by_group(k), by_group(v), mask=mask.reshape(groups, 1, -1, keys), scale=1.0,
+        implementation='cudnn')
+    return mixed.reshape(q.shape)
+
+  axes = lambda x, last: 'b' + 'x' * (x.ndim - 1 - len(last)) + last
+  of_q, of_k = axes(q, 'hc'), axes(k, 'hc')
+  mixed = on_each_device(local, of_q, of_k, of_k, axes(mask, ''), out=of_q)(q, k, v, mask)
+  return jnp.where(reads[..., None, None], mixed, 0)
 
 
 def _splash(q: Array, k: Array, v: Array, segments: Array, block: int) -> Array:

@@ -48,7 +48,7 @@ class RetroConfig:
       with parameters and what attention gave; 'projections', all but queries, keys, values
       and what attention gave; 'attention', all but the latter; 'full', everything.
     scan_layers: whether layers that repeat are compiled once and looped over. If not, each is
-      compiled for itself: XLA for CPUs then moves less, and parameters stay stacked all the same.
+      compiled for itself: XLA for CPUs and GPUs then copies less; parameters stay stacked.
     positions: 'relative' as in the paper; 'rotary', which has no parameters of its own and which
       the fused kernels know; or 'learned', a vector for each place in a document, added to the
       embeddings (GPT-2).

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax.models.for_cpus import row_max, row_sum
-from retro_jax.models.placement import on_one_cpu, place, sum_over_examples
+from retro_jax.models.placement import on_one_device, place, platform, sum_over_examples
 
 Array = jax.Array
 
@@ -102,9 +102,9 @@ def _losses(x: Array, targets: Array, table: Array) -> _Losses:
   total = row_sum(exponentials)
   targets = targets[..., None]
   is_target = jnp.arange(table.shape[0]) == targets
-  if on_one_cpu():
+  if on_one_device() and platform() != 'tpu':
     of_target = jnp.take_along_axis(logits, targets, axis=-1)
-  else:  # no gather: the vocabulary may be cut over devices
+  else:  # no gather: the vocabulary may be cut over devices, and TPUs are slow at it
     of_target = jnp.where(is_target, logits, 0.0).sum(axis=-1, keepdims=True)
   losses = (largest - of_target + jnp.log(total))[..., 0]
   return _Losses(losses, exponentials, total, is_target)

@@ -104,8 +104,18 @@ def place_parameters(state: nnx.State) -> nnx.State:
 
 def platform() -> str:
   """'tpu', 'gpu' or 'cpu': what the program that is being traced will run on."""
+  return _device().platform
+
+
+def has_cudnn() -> bool:
+  """Whether that program will run on NVIDIA's GPUs."""
+  device = _device()
+  return device.platform == 'gpu' and 'cuda' in device.client.platform_version
+
+
+def _device() -> jax.Device:
   current = _CURRENT.get()
-  return current.mesh.devices.flat[0].platform if current else jax.default_backend()
+  return current.mesh.devices.flat[0] if current else jax.devices()[0]
 
 
 _LETTERS = {'b': 'batch', 'h': 'heads'}

@@ -1,7 +1,7 @@
 """Compiles the training step of this code base for a slice that is not there.
 
 Everything is abstract: shapes, dtypes and shardings go in, a program and its memory plan come
-out, nothing is allocated. `_lower` is the one place that knows the signatures of training/.
+out, nothing is allocated. `lower` is the one place that knows the signatures of training/.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from retro_jax.training.optimizer import OptimizerConfig
 from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
 # The schedule's length is a constant of the program; its value changes no cost.
-_STEPS = 100_000
+SCHEDULE = 100_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
   """
   mesh = partitioning.make_mesh(config.mesh, chips.devices(topology))
   model_flops = flops.training_flops(config.model, config.batch_size, config.sequence_length)
-  lowered = _lower(config, mesh)
+  lowered = lower(config, mesh)
   start = time.monotonic()
   try:
     compiled = lowered.compile()
@@ -103,14 +103,14 @@ def compile_step(config: StepConfig, topology: Topology) -> Result:
   return Result(priced, text)
 
 
-def _lower(config: StepConfig, mesh: jax.sharding.Mesh) -> Any:
+def lower(config: StepConfig, mesh: jax.sharding.Mesh) -> Any:
   """The step of training/, traced and lowered with abstract arguments."""
   microbatches = batches.microbatches(mesh, config.batch_size, config.sequence_length,
                                       config.microbatch_tokens)
-  rule = optimizer.make_optimizer(config.optimizer, _STEPS)
+  rule = optimizer.make_optimizer(config.optimizer, SCHEDULE)
   abstract = state.abstract_state(config.model, rule, config.rules, mesh)
   train_step = step.make_train_step(
-      config.model, rule, optimizer.schedule(config.optimizer, _STEPS), mesh, abstract,
+      config.model, rule, optimizer.schedule(config.optimizer, SCHEDULE), mesh, abstract,
       config.rules, microbatches, config.compiler,
       optimizer.trained(config.optimizer, abstract.parameters))
   examples = partitioning.batch_sharding(mesh)

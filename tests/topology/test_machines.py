@@ -38,4 +38,4 @@ def test_the_small_step(name, tmp_path):
 
 def test_all_machines_are_here():
   files = {file.stem for file in (ROOT / 'gin' / 'machines').glob('*.gin')}
-  assert files == {*MACHINES, 'cpu', 'accelerator'}
+  assert files == {*MACHINES, 'cpu', 'gpu', 'accelerator'}
