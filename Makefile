@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 VERSION := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])')
 CONSTRAINTS := constraints/$(VERSION).txt
-# What is installed besides the package itself: test; or tpu, on a TPU's workers.
+# What is installed besides the package itself: test; or tpu, on a TPU's workers; or gpu.
 EXTRAS ?= test
 READY := $(VENV)/.ready-$(VERSION)$(if $(filter-out test,$(EXTRAS)),-$(EXTRAS))
 
