@@ -49,14 +49,20 @@ def masked(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance = 
   Returns:
     [..., q, h, c], dtype of v.
   """
+  if by_distance is None and _cudnn_takes(q, k):
+    return _by_cudnn(q, k, v, mask)
+  return _by_logits(q, k, v, mask, by_distance, key_groups)
+
+
+def _by_logits(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistance,
+               key_groups: int = 1) -> Array:
+  """`masked`, with logits that exist."""
   by_key = None
   if by_distance is not None:
     by_key = _position_logits(*by_distance, k.shape[-3] // key_groups)
     by_key = jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
   if on_one_cpu():
     return _by_head(q, k, v, mask, by_key)
-  if by_key is None and _cudnn_takes(q, k):
-    return _by_cudnn(q, k, v, mask)
   logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
   if by_key is not None:
     logits += by_key
@@ -174,8 +180,8 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     if by_distance is not None:
       position, p = by_distance  # distances n - 1 .. -1, of which `last` occur, and -1
       near = position[:, first:last], p[n - last:]
-    mixed.append(masked(q[:, first:last], k[:, :last], v[:, :last],
-                        _causal_mask(segments, first, last), near))
+    mixed.append(_by_logits(q[:, first:last], k[:, :last], v[:, :last],
+                            _causal_mask(segments, first, last), near))
   return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
 
 
