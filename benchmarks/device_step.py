@@ -32,17 +32,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from retro_jax import configuration, storage
 from retro_jax.errors import UserError
 from retro_jax.models import flops
-from retro_jax.models.config import RetroConfig
 from retro_jax.topology import chips, program
 from retro_jax.topology import compile as compiling
 from retro_jax.topology.sources import PARTS, Sources
 from retro_jax.training import optimizer, partitioning, state
-from retro_jax.training.compiler import CompilerConfig
-from retro_jax.training.optimizer import OptimizerConfig
-from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
-CONFIGURABLES = (RetroConfig, MeshConfig, ShardingRules, OptimizerConfig, CompilerConfig)
-BASE = 'gin/runs/compile_for_topology.gin'
 _WARM_UP = 3
 _PROFILED = 2
 _PROGRAM = 'program.hlo.gz'
@@ -96,8 +90,8 @@ def contenders(settings: list[str], variants: list[str]) -> dict[str, compiling.
   """Steps to measure by name."""
 
   def resolved(more: list[str]) -> compiling.StepConfig:
-    line = configuration.parse_arguments([f'--gin_file={BASE}', *settings, *more])
-    return configuration.resolve(compiling.StepConfig, CONFIGURABLES, line)
+    line = configuration.parse_arguments([f'--gin_file={compiling.BASE}', *settings, *more])
+    return configuration.resolve(compiling.StepConfig, compiling.CONFIGURABLES, line)
 
   retro = resolved([])
   known = {'RETRO': retro,

@@ -40,15 +40,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from retro_jax import configuration, storage
 from retro_jax.errors import EXIT_CODE, UserError, nearest
 from retro_jax.models import flops
-from retro_jax.models.config import RetroConfig
 from retro_jax.topology import chips, cost
 from retro_jax.topology import compile as compiling
-from retro_jax.training.compiler import CompilerConfig
-from retro_jax.training.optimizer import OptimizerConfig
-from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
-CONFIGURABLES = (RetroConfig, MeshConfig, ShardingRules, OptimizerConfig, CompilerConfig)
-BASE = 'gin/runs/compile_for_topology.gin'
 _OPTIONS = ('--topology', '--output', '--hlo', '--search', '--batch_sizes', '--remat',
             '--gin_file', '--dry_run', '--help')
 _REMAT = 'none,dots,full'
@@ -79,8 +73,8 @@ def _main(argv: list[str]) -> None:
   if not known.topology:
     raise UserError('--topology is required; for example --topology=v5p:4x4x4')
   topology = chips.parse(known.topology)
-  line = configuration.parse_arguments([f'--gin_file={BASE}', *settings])
-  config = configuration.resolve(compiling.StepConfig, CONFIGURABLES, line)
+  line = configuration.parse_arguments([f'--gin_file={compiling.BASE}', *settings])
+  config = configuration.resolve(compiling.StepConfig, compiling.CONFIGURABLES, line)
   if line.dry_run:
     model_flops = flops.training_flops(config.model, config.batch_size, config.sequence_length)
     print(configuration.describe(config))

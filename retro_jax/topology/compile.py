@@ -24,6 +24,9 @@ from retro_jax.training.compiler import CompilerConfig
 from retro_jax.training.optimizer import OptimizerConfig
 from retro_jax.training.partitioning import MeshConfig, ShardingRules
 
+# For gin: what a StepConfig is made of, and the file that is read before all others.
+CONFIGURABLES = (RetroConfig, MeshConfig, ShardingRules, OptimizerConfig, CompilerConfig)
+BASE = 'gin/runs/compile_for_topology.gin'
 # The schedule's length is a constant of the program; its value changes no cost.
 SCHEDULE = 100_000
 

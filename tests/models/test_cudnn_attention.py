@@ -2,7 +2,7 @@
 
 The stand-in has what a GPU showed of cuDNN: it takes 16-bit heads alone, and where a row may read
 nothing it makes NaN of the gradients. What the kernel itself computes was compared on a GPU
-(docs/benchmarks/training.md).
+(docs/benchmarks/gpu.md).
 """
 
 import contextlib
@@ -112,6 +112,7 @@ def test_backward_pass_has_what_cudnn_gave(remat, forward, monkeypatch):
   monkeypatch.setattr(cudnn, 'check_cudnn_version', lambda: 91000)
   monkeypatch.setattr(cudnn, 'check_compute_capability', lambda capability: True)
   monkeypatch.setattr(cudnn, 'is_cuda_compute_capability_equal', lambda capability: False)
+
   class Layer(nnx.Module):
     def __call__(self, x):
       return jax.nn.dot_product_attention(x, x, x, implementation='cudnn')
