@@ -5,6 +5,8 @@ by number. Over numbers that lie a vector apart it runs at the speed of memory, 
 is reduced like that: [w] as [a, b] over a, and then the few that are left. The results are
 as exact, and not the same bit for bit. Broadcasts are here for their gradients, which are sums.
 
+Products. XLA makes a kernel's gradient that is tall and narrow a third slower than its transpose.
+
 Masks. XLA computes what is cheap anew in every loop that reads it, also where that
 loop could otherwise use vectors; `stored` is read from memory.
 """
@@ -24,6 +26,8 @@ Array = jax.Array
 _WINDOW = 32
 # Numbers that should lie side by side: a vector of the widest registers.
 _SIDE_BY_SIDE = 16
+# Columns of a narrow kernel; from some 512 on there is no difference.
+_NARROW = 384
 
 
 def row_sum(x: Array) -> Array:
@@ -55,6 +59,12 @@ def repeated(x: Array, lead: tuple[int, ...]) -> Array:
   return _repeated(x, lead) if on_one_cpu() else jnp.broadcast_to(x, (*lead, *x.shape))
 
 
+def product(x: Array, kernel: Array) -> Array:
+  """x [rows, in] @ kernel [in, out]."""
+  tall = kernel.shape[1] <= _NARROW and kernel.shape[1] < kernel.shape[0]
+  return _tall_product(x, kernel) if tall and on_one_cpu() else x @ kernel
+
+
 def stored(x: Array) -> Array:
   """x, not computed anew by those who read it."""
   # The two branches give the same; XLA does not look into them when it fuses.
@@ -76,11 +86,12 @@ def _rows(x: Array, reduce: Callable[..., Array], pair: Callable[..., Array], st
 
 def _first_axis(x: Array) -> Array:
   """Sum over the first axis of [rows, w]."""
-  first = _divisor(len(x), _WINDOW)
-  if first == 1:  # all would be left to the product, which is less exact the more rows there are
+  rows = _divisor(len(x), _WINDOW)
+  if rows == 1:  # all would be left to the product, which is less exact the more rows there are
     return x.sum(axis=0)
-  x = x.reshape(first, len(x) // first, *x.shape[1:]).sum(axis=0)
-  # As a product, for the same reason.
+  # Of neighbours, so that what is computed to be summed is read from beginning to end.
+  x = x.reshape(len(x) // rows, rows, *x.shape[1:]).sum(axis=1)
+  # As a product, or XLA would make one slow reduction of two.
   return (jnp.ones((1, len(x)), x.dtype) @ x)[0]
 
 
@@ -120,3 +131,18 @@ def _sum_over(lead: tuple[int, ...], _, gradient: Array) -> tuple[Array]:
 
 
 _repeated.defvjp(lambda x, lead: (_repeated(x, lead), None), _sum_over)
+
+
+@jax.custom_vjp
+def _tall_product(x: Array, kernel: Array) -> Array:
+  return x @ kernel
+
+
+def _tall_product_backward(kept, gradient: Array) -> tuple[Array, Array]:
+  x, kernel = kept
+  # The barrier keeps XLA from making it the slow one again.
+  transposed = jax.lax.optimization_barrier(gradient.T @ x)
+  return gradient @ kernel.T, transposed.T
+
+
+_tall_product.defvjp(lambda x, kernel: (x @ kernel, (x, kernel)), _tall_product_backward)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from retro_jax.models import for_cpus
 from retro_jax.models.for_cpus import repeated, row_sum, widened
 from retro_jax.models.placement import on_one_cpu, on_one_device, place
 
@@ -53,7 +54,7 @@ def product(x: Array, kernel: Array, contracted: int = 1) -> Array:
   # As two matrices: XLA for CPUs makes a kernel's gradient twice as fast if rows are one axis.
   lead, out = x.shape[:x.ndim - contracted], kernel.shape[contracted:]
   matrix = kernel.reshape(-1, math.prod(out))
-  return (x.reshape(-1, len(matrix)) @ matrix).reshape(*lead, *out)
+  return for_cpus.product(x.reshape(-1, len(matrix)), matrix).reshape(*lead, *out)
 
 
 class RMSNorm(nnx.Module):

@@ -48,6 +48,19 @@ def test_repeated(lead, shape, seed):
                              cotangent.astype(np.float64).sum(over), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize('inner, outer', [(1, 1), (9, 8), (400, 384), (400, 385), (384, 384)])
+def test_product(inner, outer):
+  """Tall and narrow kernels, and others."""
+  x, kernel, cotangent = (random(i, shape) for i, shape in enumerate(
+      [(6, inner), (inner, outer), (6, outer)]))
+  near = dict(rtol=1e-4, atol=1e-3)
+  np.testing.assert_allclose(jax.jit(for_cpus.product)(x, kernel), x @ kernel, **near)
+  of_x = pulled_back(lambda x: for_cpus.product(x, kernel), x, cotangent)
+  of_kernel = pulled_back(lambda kernel: for_cpus.product(x, kernel), kernel, cotangent)
+  np.testing.assert_allclose(of_x, cotangent @ kernel.T, **near)
+  np.testing.assert_allclose(of_kernel, x.T @ cotangent, **near)
+
+
 @pytest.mark.parametrize('shape', [(), (7,), (1, 1), (32, 8), (97, 3), (3, 64, 100)])
 def test_total(shape):
   x = random(0, shape)
@@ -81,5 +94,6 @@ def test_elsewhere_they_are_the_plain_functions(monkeypatch):
       (lambda x: for_cpus.row_max(x), {'stop_gradient', 'reduce_max', 'broadcast_in_dim'}),
       (lambda x: for_cpus.total(x), {'reduce_sum'}), (lambda x: for_cpus.stored(x), set()),
       (lambda x: for_cpus.widened(x[:, :1], 9), {'slice', 'broadcast_in_dim'}),
-      (lambda x: for_cpus.repeated(x, (2, 3)), {'broadcast_in_dim'})]:
+      (lambda x: for_cpus.repeated(x, (2, 3)), {'broadcast_in_dim'}),
+      (lambda x: for_cpus.product(x, x.T), {'transpose', 'dot_general'})]:
     assert {str(e.primitive) for e in jax.make_jaxpr(function)(x).eqns} <= primitives
