@@ -167,10 +167,13 @@ class Attention(nnx.Module):
     """Queries [..., q, h, c], keys and values [..., s, kv heads, c]."""
     if x is context:
       return self._together(x, 'query', 'key', 'value')
-    return self._heads(x, 'query'), *self._together(context, 'key', 'value')
+    return self._heads(x, 'query'), self._heads(context, 'key'), self._heads(context, 'value')
 
   def _together(self, y: Array, *names: str) -> tuple[Array, ...]:
-    """Several projections of the same rows; on a CPU as one product, which is faster there."""
+    """Several projections of the same rows; on a CPU as one product, which is faster there.
+
+    (Not of keys and values alone: to cut the product of two costs more than it saves.)
+    """
     if not on_one_cpu():
       return tuple(self._heads(y, name) for name in names)
     kernels = [getattr(self, name)[...] for name in names]

@@ -150,8 +150,7 @@ def _position_logits(position: Array, p: Array, columns: int) -> Array:
     of_distance = jnp.einsum('...qhc,thc->...hqt', position, p, preferred_element_type=jnp.float32)
     return skew(of_distance, columns)
   *lead, rows, heads, width = position.shape
-  # Those of causal attention are blocks already, and have no distances to what comes after.
-  block = math.gcd(rows, _TOGETHER) if len(p) == rows + columns else rows
+  block = math.gcd(rows, _TOGETHER)
   blocks = rows // block
   p = jnp.stack([p[rows - last:][:block + columns] for last in range(block, rows + 1, block)])
   # Sequences as one axis: XLA for CPUs is slower with several.
@@ -173,6 +172,8 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
   n = q.shape[1]
   block = n if kernel == 'einsum' else min(block or _BLOCK, n)
+  if on_one_cpu():
+    return _causal_by_head(q, k, v, segments, by_distance, block)
   mixed = []
   for first in range(0, n, block):
     last = min(first + block, n)
@@ -183,6 +184,31 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     mixed.append(_by_logits(q[:, first:last], k[:, :last], v[:, :last],
                             _causal_mask(segments, first, last), near))
   return jnp.concatenate(mixed, axis=1) if len(mixed) > 1 else mixed[0]
+
+
+def _causal_by_head(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
+                    block: int) -> Array:
+  """The same for CPUs: all is turned to heads before rows once, and then cut."""
+  n, by_head = q.shape[1], lambda x: jnp.moveaxis(x, 2, 1)
+  # The gradient of a split is a concatenation; that of slices would be a sum of padded ones.
+  cut = lambda x: jnp.split(x, list(range(block, n, block)), axis=2)
+  k, v = by_head(k), by_head(v)
+  positions = None
+  if by_distance is not None:
+    position, p = by_distance
+    positions, p = cut(position.transpose(2, 0, 1, 3)), p.swapaxes(0, 1)
+  mixed = []
+  for number, rows in enumerate(cut(by_head(q))):
+    first = number * block
+    last, by_key = first + rows.shape[2], None
+    if positions is not None:
+      # Distances n - 1 .. -1, of which `last` occur, and -1.
+      of_distance = jnp.einsum('hbqc,htc->hbqt', positions[number], p[:, n - last:],
+                               preferred_element_type=jnp.float32)
+      by_key = jnp.moveaxis(skew(of_distance, last), 1, 0)
+    mask = _causal_mask(segments, first, last)[:, None]
+    mixed.append(_attend(rows, k[:, :, :last], v[:, :, :last], mask, by_key))
+  return jnp.moveaxis(jnp.concatenate(mixed, axis=2), 1, 2)
 
 
 def cached(q: Array, keys: Array, values: Array, mask: Array, by_key: Array | None) -> Array:
