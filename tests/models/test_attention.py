@@ -172,8 +172,10 @@ def test_splash_equals_the_reference_in_value_and_gradient():
     (_, y), gradient = jax.jit(jax.value_and_grad(run, has_aux=True))(x)
     return np.asarray(y)[segments != 0], np.asarray(gradient)
 
-  expected = value('einsum')
-  for mesh in (None, make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])):
+  expected, meshes = value('einsum'), [None]
+  if len(jax.devices()) >= 4:
+    meshes.append(make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4]))
+  for mesh in meshes:
     for got, wanted in zip(value('splash', mesh), expected, strict=True):
       np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-4)
 
