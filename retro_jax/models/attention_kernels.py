@@ -61,7 +61,7 @@ def _by_logits(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistanc
   if by_distance is not None:
     by_key = _position_logits(*by_distance, k.shape[-3] // key_groups)
     by_key = jnp.tile(by_key, key_groups) if key_groups > 1 else by_key
-  if on_one_cpu():
+  if _heads_first():
     return _by_head(q, k, v, mask, by_key)
   logits = jnp.einsum('...qhc,...shc->...hqs', q, k, preferred_element_type=jnp.float32)
   if by_key is not None:
@@ -70,8 +70,13 @@ def _by_logits(q: Array, k: Array, v: Array, mask: Array, by_distance: ByDistanc
   return jnp.einsum('...hqs,...shc->...qhc', weights.astype(v.dtype), v)
 
 
+def _heads_first() -> bool:
+  """Whether logits that exist are better made and read heads first, with a gradient by hand."""
+  return on_one_cpu() or platform() == 'gpu'
+
+
 def _by_head(q: Array, k: Array, v: Array, mask: Array, by_key: Array | None) -> Array:
-  """The same for CPUs: heads before rows, and before those axes of q over which k is the same."""
+  """The same: heads before rows, and before those axes of q over which k is the same."""
   after = 3 + _shared_axes(q, k)
   by_head = lambda x: jnp.moveaxis(x, -2, -after)
   if by_key is not None:
@@ -172,7 +177,7 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
     raise ValueError(f'no attention kernel {kernel!r}, expected one of {KERNELS}')
   n = q.shape[1]
   block = n if kernel == 'einsum' else min(block or _BLOCK, n)
-  if on_one_cpu():
+  if _heads_first():
     return _causal_by_head(q, k, v, segments, by_distance, block)
   mixed = []
   for first in range(0, n, block):
@@ -188,7 +193,7 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
 
 def _causal_by_head(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
                     block: int) -> Array:
-  """The same for CPUs: all is turned to heads before rows once, and then cut."""
+  """The same: all is turned to heads before rows once, and then cut."""
   n, by_head = q.shape[1], lambda x: jnp.moveaxis(x, 2, 1)
   # The gradient of a split is a concatenation; that of slices would be a sum of padded ones.
   cut = lambda x: jnp.split(x, list(range(block, n, block)), axis=2)

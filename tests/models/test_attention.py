@@ -102,18 +102,43 @@ def test_gradients_equal_those_of_a_plain_softmax(q, k, mask, with_distances):
     np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('context', [6, 10])
-def test_projections_in_one_product_equal_those_one_by_one(context, monkeypatch):
-  """Of what is attended from, if that is what is attended to, and of that alone otherwise."""
-  module, _ = build(6, context)
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(2, 5, 6)).astype(np.float32)
-  read = x if context == 6 else rng.normal(size=(2, 5, context)).astype(np.float32)
-  project = lambda: module._project(x, read)
-  together = project()
+def test_projections_in_one_product_equal_those_one_by_one(monkeypatch):
+  module, _ = build(6, 6)
+  x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+  together = module._project(x, x)
   monkeypatch.setattr(attention, 'on_one_cpu', lambda: False)
-  for got, wanted in zip(together, project(), strict=True):
+  for got, wanted in zip(together, module._project(x, x), strict=True):
     np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('scheme', ['relative', 'rotary'])
+def test_heads_first_on_a_mesh_equals_rows_first(scheme, monkeypatch):
+  """What several GPUs run, in value and gradient."""
+  if len(jax.devices()) < 4:
+    pytest.skip('needs 4 devices')
+  module = attention.Attention(8, 8, 2, 8, positions=scheme, output_scale=1.0,
+                               rngs=nnx.Rngs(params=0))
+  rng = np.random.default_rng(0)
+  x, weights = (rng.normal(size=(2, 3, 6, 8)).astype(np.float32) for _ in range(2))
+  mask = rng.random((2, 3, 6, 12)) < 0.6
+  segments = np.repeat([[1, 2, 2], [3, 3, 0]], 2, axis=1).astype(np.int32)
+  mesh = make_mesh(MeshConfig(data=2, fsdp=1, tensor=2), jax.devices()[:4])
+  monkeypatch.setattr(attention_kernels, 'on_one_cpu', lambda: False)
+
+  def run(heads_first):
+    monkeypatch.setattr(attention_kernels, '_heads_first', lambda: heads_first)
+
+    def loss(x):
+      with placement.on(ShardingRules().activations(mesh)):
+        y = module(x, jnp.tile(x, (1, 1, 2, 1)), mask, offset=3, key_groups=2)
+        z = module.causal(x[:, 0], segments, 'blocked', 4) * (segments != 0)[..., None]
+      return (y * weights).sum() + (z * weights[:, 1]).sum(), (y, z)
+
+    (_, values), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(x)
+    return *values, gradient
+
+  for got, wanted in zip(run(True), run(False), strict=True):
+    np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_rows_that_read_nothing_are_exactly_zero():
