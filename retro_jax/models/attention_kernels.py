@@ -162,8 +162,28 @@ def _position_logits(position: Array, p: Array, columns: int) -> Array:
   position = position.reshape(-1, blocks, block, heads, width).transpose(3, 1, 0, 2, 4)
   of_distance = jnp.einsum('harc,athc->hart', position.reshape(heads, blocks, -1, width), p,
                            preferred_element_type=jnp.float32)
-  by_key = skew(of_distance.reshape(heads, blocks, -1, block, p.shape[1]), columns)
+  by_key = _skew_few(of_distance.reshape(heads, blocks, -1, block, p.shape[1]), columns)
   return by_key.transpose(2, 0, 1, 3, 4).reshape(*lead, heads, rows, columns)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _skew_few(by_distance: Array, columns: int) -> Array:
+  """`skew` of few rows, whose gradient is put in place row by row: XLA for CPUs pads slowly."""
+  return skew(by_distance, columns)
+
+
+def _skew_few_backward(columns: int, of_row: Array, gradient: Array) -> tuple[Array]:
+  rows = gradient.shape[-2]
+  whole = jnp.zeros((*gradient.shape[:-1], len(of_row)), gradient.dtype)
+  for i in range(rows):
+    first = rows - 1 - i
+    whole = whole.at[..., i, first:first + columns].set(gradient[..., i, :])
+  return (whole,)
+
+
+# Of the input only the width is kept, as an array that long.
+_skew_few.defvjp(lambda x, columns: (skew(x, columns), jnp.zeros(x.shape[-1], bool)),
+                 _skew_few_backward)
 
 
 def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
