@@ -168,22 +168,23 @@ def _position_logits(position: Array, p: Array, columns: int) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def _skew_few(by_distance: Array, columns: int) -> Array:
-  """`skew` of few rows, whose gradient is put in place row by row: XLA for CPUs pads slowly."""
+  """`skew` of few rows with rows + columns distances, the gradient put in place row by row.
+
+  XLA for CPUs is slow at the pads that it would be otherwise.
+  """
   return skew(by_distance, columns)
 
 
-def _skew_few_backward(columns: int, of_row: Array, gradient: Array) -> tuple[Array]:
+def _skew_few_backward(columns: int, _, gradient: Array) -> tuple[Array]:
   rows = gradient.shape[-2]
-  whole = jnp.zeros((*gradient.shape[:-1], len(of_row)), gradient.dtype)
+  whole = jnp.zeros((*gradient.shape[:-1], rows + columns), gradient.dtype)
   for i in range(rows):
     first = rows - 1 - i
     whole = whole.at[..., i, first:first + columns].set(gradient[..., i, :])
   return (whole,)
 
 
-# Of the input only the width is kept, as an array that long.
-_skew_few.defvjp(lambda x, columns: (skew(x, columns), jnp.zeros(x.shape[-1], bool)),
-                 _skew_few_backward)
+_skew_few.defvjp(lambda x, columns: (skew(x, columns), None), _skew_few_backward)
 
 
 def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
