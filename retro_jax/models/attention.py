@@ -105,9 +105,9 @@ class Attention(nnx.Module):
       x: [b, n, query_dim].
       segments: int32 [b, n], equal for tokens of one document. Rows of 0 (padding) give
         values that mean nothing.
-      kernel: 'einsum', 'blocked', or unless positions are relative 'splash' or 'dot_product';
-        all compute the same (attention_kernels.py).
-      block: rows at a time in 'blocked' and 'splash'; 0 for the kernel's choice.
+      kernel: 'einsum', 'blocked'; if positions are relative 'flash_relative', else 'splash' or
+        'dot_product'; all compute the same (attention_kernels.py).
+      block: rows at a time in all but 'einsum' and 'dot_product'; 0 for the kernel's choice.
     """
     q, k, v = self._project(x, x)
     q, k, by_distance = self._with_positions(q, k, causal=True)

@@ -4,12 +4,13 @@ Queries come scaled. `by_distance` = (queries [..., q, h, c], keys [distances, h
 order of positions.distances) adds the logits of relative positions; None for the others.
 Logits and softmax are float32 whatever the dtype of the heads.
 
-| kernel        | positions | what it does |
+| kernel           | positions | what it does |
 |---|---|---|
-| `einsum`      | all       | the n x n logits of all heads at once: the reference |
-| `blocked`     | all       | rows by blocks, each against the keys before its end: half the work |
-| `dot_product` | others    | jax.nn.dot_product_attention, by cuDNN where it takes the heads |
-| `splash`      | others    | the fused TPU kernel of JAX, on each device's own rows and heads |
+| `einsum`         | all       | the n x n logits of all heads at once: the reference |
+| `blocked`        | all       | rows by blocks, each against the keys before its end: half the work |
+| `dot_product`    | others    | jax.nn.dot_product_attention, by cuDNN where it takes the heads |
+| `splash`         | others    | the fused TPU kernel of JAX, on each device's own rows and heads |
+| `flash_relative` | relative  | our fused TPU kernel (flash_relative.py), likewise |
 """
 
 import functools
@@ -21,13 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.models.for_cpus import row_max, row_sum
-from retro_jax.models.placement import has_cudnn, on_each_device, on_one_cpu, platform
+from retro_jax.models.placement import (
+    device_kind, has_cudnn, on_each_device, on_one_cpu, platform)
 from retro_jax.models.positions import skew
 
 Array = jax.Array
 ByDistance = tuple[Array, Array] | None
-KERNELS = ('einsum', 'blocked', 'dot_product', 'splash')
+KERNELS = ('einsum', 'blocked', 'dot_product', 'splash', 'flash_relative')
+# Those that know no logits by distance, and those that know nothing else.
 ROTARY_KERNELS = ('dot_product', 'splash')
+RELATIVE_KERNELS = ('flash_relative',)
 # Far below any real logit, yet finite: a row with every key masked stays free of NaN.
 MASKED_LOGIT = -1e30
 _BLOCK = 128
@@ -192,6 +196,8 @@ def causal(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistanc
   """Attention of [b, n, h, c] to itself inside each segment (int32 [b, n]), up to each row."""
   if kernel == 'splash':
     return _splash(q, k, v, segments, block)
+  if kernel == 'flash_relative':
+    return _flash_relative(q, k, v, segments, by_distance, block)
   if kernel == 'dot_product':
     return _dot_product(q, k, v, segments)
   if kernel not in ('einsum', 'blocked'):
@@ -361,3 +367,29 @@ def _splash_blocks(n: int, block: int):
   return kernel.BlockSizes(
       block_q=size, block_kv=size, block_kv_compute=min(size, 512), block_q_dkv=size,
       block_kv_dkv=size, block_kv_dkv_compute=min(size, 512), use_fused_bwd_kernel=True)
+
+
+def _flash_relative(q: Array, k: Array, v: Array, segments: Array, by_distance: ByDistance,
+                    block: int) -> Array:
+  """Our kernel for relative positions (Pallas); interpreted, slowly, on a CPU."""
+  from retro_jax.models import flash_relative
+  n, interpret = q.shape[1], platform() == 'cpu'
+  rows = min(block or flash_relative.ROWS, n)
+  if n % rows:
+    raise ValueError(f"attention_kernel = 'flash_relative' takes sequences of a multiple of {rows} "
+                     f'tokens, got {n}; set RetroConfig.attention_block to a divisor (on TPUs a '
+                     "multiple of 128), or RetroConfig.attention_kernel = 'blocked'")
+  if device_kind() in flash_relative.UNABLE:
+    raise ValueError(f"attention_kernel = 'flash_relative' needs TPU v5 or newer, got "
+                     f"{device_kind()}; set RetroConfig.attention_kernel = 'blocked'")
+  position, p = by_distance
+
+  def local(q: Array, position: Array, k: Array, v: Array, p: Array, segments: Array) -> Array:
+    by_head = lambda x: jnp.moveaxis(x, 2, 1)
+    mixed = flash_relative.attend(by_head(q), by_head(position), by_head(k), by_head(v),
+                                  p.swapaxes(0, 1), segments, rows, interpret)
+    return jnp.moveaxis(mixed, 1, 2)
+
+  # Distance -1, the last, is there for `skew` alone.
+  return on_each_device(local, 'bnhc', 'bnhc', 'bnhc', 'bnhc', 'thc', 'bn', out='bnhc')(
+      q, position, k, v, p[:n], segments)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 
-from retro_jax.models.attention_kernels import KERNELS, ROTARY_KERNELS
+from retro_jax.models.attention_kernels import KERNELS, RELATIVE_KERNELS, ROTARY_KERNELS
 
 _DTYPES = ('float32', 'bfloat16')
 _POSITIONS = ('relative', 'rotary', 'learned')
@@ -153,6 +153,10 @@ class RetroConfig:
           f'RetroConfig.attention_kernel = {self.attention_kernel!r} knows no relative positions; '
           "set RetroConfig.positions = 'rotary' (gin/models/rotary.gin), or "
           "RetroConfig.attention_kernel = 'blocked'")
+    if self.attention_kernel in RELATIVE_KERNELS and self.positions != 'relative':
+      raise ValueError(
+          f'RetroConfig.attention_kernel = {self.attention_kernel!r} is for relative positions, but '
+          f"positions = {self.positions!r}; set RetroConfig.attention_kernel = 'splash'")
     rotary = 'rotary' in (self.positions, self.positions_of_retrieval, self.positions_of_cca)
     if rotary and (self.head_dim % 2 or self.encoder_head_dim % 2):
       raise ValueError('RetroConfig: rotary positions need an even head_dim')

@@ -107,6 +107,11 @@ def platform() -> str:
   return _device().platform
 
 
+def device_kind() -> str:
+  """Which of its platform's devices that program will run on, as 'TPU v4'."""
+  return _device().device_kind
+
+
 def has_cudnn() -> bool:
   """Whether that program will run on NVIDIA's GPUs."""
   device = _device()

@@ -16,7 +16,7 @@ PASSES = ('forward', 'backward', 'recompute', 'update', 'unknown')
 _PARTS = (
     ('encoder', re.compile(r'NeighborEncoder|EncoderLayer|\bencoder\b')),
     ('cca', re.compile(r'ChunkedCrossAttention|\bcca\b')),
-    ('attention', re.compile(r'SelfAttention|\battention\b|splash_m')),
+    ('attention', re.compile(r'SelfAttention|\battention\b|splash_m|flash_relative')),
     ('ffw', re.compile(r'FeedForward|\b(ffw|feed_forward)\b')),
     ('embedding', re.compile(r'Embedding\.__call__')),
     # Told by its innermost functions: 'mean_loss' is on the stack of the whole model.
