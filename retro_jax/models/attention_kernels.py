@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from retro_jax.errors import UserError
 from retro_jax.models.for_cpus import row_max, row_sum
 from retro_jax.models.placement import (
     device_kind, has_cudnn, on_each_device, on_one_cpu, platform)
@@ -376,12 +377,12 @@ def _flash_relative(q: Array, k: Array, v: Array, segments: Array, by_distance: 
   n, interpret = q.shape[1], platform() == 'cpu'
   rows = min(block or flash_relative.ROWS, n)
   if n % rows:
-    raise ValueError(f"attention_kernel = 'flash_relative' takes sequences of a multiple of {rows} "
-                     f'tokens, got {n}; set RetroConfig.attention_block to a divisor (on TPUs a '
-                     "multiple of 128), or RetroConfig.attention_kernel = 'blocked'")
+    raise UserError(f"attention_kernel = 'flash_relative' takes sequences of a multiple of {rows} "
+                    f'tokens, got {n}; set RetroConfig.attention_block to a divisor (on TPUs a '
+                    "multiple of 128), or RetroConfig.attention_kernel = 'blocked'")
   if device_kind() in flash_relative.UNABLE:
-    raise ValueError(f"attention_kernel = 'flash_relative' needs TPU v5 or newer, got "
-                     f"{device_kind()}; set RetroConfig.attention_kernel = 'blocked'")
+    raise UserError(f"attention_kernel = 'flash_relative' needs TPU v5 or newer, got "
+                    f"{device_kind()}; set RetroConfig.attention_kernel = 'blocked'")
   position, p = by_distance
 
   def local(q: Array, position: Array, k: Array, v: Array, p: Array, segments: Array) -> Array:
