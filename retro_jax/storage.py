@@ -70,7 +70,7 @@ def atomic_file(path: str | os.PathLike, mode: str = 'w') -> Iterator[Any]:
   path = Path(path)
   with _explained(path):
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}.', dir=path.parent)
+    handle, temporary = tempfile.mkstemp(prefix=f'.{path.name}{_BUILDING}', dir=path.parent)
     try:
       with os.fdopen(handle, mode, encoding=None if 'b' in mode else 'utf-8') as f:
         yield f
@@ -352,7 +352,10 @@ def locked(folder: str | os.PathLike) -> Iterator[None]:
     lock.flush()
   try:
     for left in Path(folder).rglob(f'.*{_BUILDING}*'):
-      shutil.rmtree(left, ignore_errors=True)
+      if left.is_dir():
+        shutil.rmtree(left, ignore_errors=True)
+      else:
+        left.unlink(missing_ok=True)
     yield
   finally:
     os.unlink(path)

@@ -39,6 +39,13 @@ def hold(folder, ready):
     time.sleep(60)
 
 
+def killed_while_writing(path):
+  with storage.atomic_file(path) as file:
+    file.write('half')
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def sleep(pid_file, folder, manifest):
   del folder, manifest
   storage.write_json(pid_file, os.getpid())

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ import retro_jax
 from retro_jax import storage
 from retro_jax.errors import UserError
 from retro_jax.retrieval import stages
-from tests.stage_functions import die, hold, refuse
+from tests.stage_functions import die, hold, killed_while_writing, refuse
 from tests.stage_functions import squares_tasks as tasks
 
 ROOT = Path(retro_jax.__file__).parents[1]
@@ -97,6 +98,12 @@ def test_one_builder_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
   assert ready.wait(60)
   left = tmp_path / 'db' / 'chunks' / '.a.building-x'
   left.mkdir(parents=True)
+  file = tmp_path / 'db' / 'manifest.json'
+  killed = context.Process(target=killed_while_writing, args=(str(file),))
+  killed.start()
+  killed.join()
+  assert killed.exitcode == -signal.SIGKILL and not file.exists()
+  assert len(list(file.parent.glob('.manifest.json*'))) == 1
   with pytest.raises(UserError, match=f'process {other.pid}, since .* is building here'):
     with storage.locked(tmp_path / 'db'):
       raise AssertionError('two builders')
@@ -104,7 +111,7 @@ def test_one_builder_at_a_time_and_a_killed_one_holds_nothing(tmp_path):
   other.kill()
   other.join()
   with storage.locked(tmp_path / 'db'):
-    assert not left.exists()
+    assert not left.exists() and not list(file.parent.glob('.manifest.json*'))
   assert not (tmp_path / 'db' / storage.LOCK).exists()
 
 
