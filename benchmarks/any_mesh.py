@@ -1,11 +1,13 @@
-"""The same run on other processes, devices and meshes: the same batches, the same losses.
+r"""The same run on other processes, devices and meshes: the same batches, the same losses.
 
-  python benchmarks/any_mesh.py --data=runs/quickstart/examples/train [--steps=20] [settings]
+  python benchmarks/any_mesh.py --data=runs/quickstart/examples/train \
+      --gin_file=gin/models/retro_smoke.gin \
+      --gin.RetroConfig.chunk_length=32 --gin.RetroConfig.vocab_size=2048
 
 Trains a few steps by launch/local_pod.sh on one process with one device, then on several
 processes and meshes, and compares each step's batch hash (exactly) and loss (relative). Prints
 a table; exit code 1 when a hash differs or a loss by more than --tolerance. Further settings
-(--gin_file=..., --gin.X=...) go to the trainer; without any, a small RETRO is trained.
+(--gin_file=..., --gin.X=...) go to the trainer; without any, retro_smoke as it is, for chunks of 8.
 """
 
 import argparse

@@ -1,12 +1,14 @@
-"""A run killed again and again ends with bit for bit the weights of one left alone.
+r"""A run killed again and again ends with bit for bit the weights of one left alone.
 
-  python benchmarks/interrupted_training.py --data=runs/quickstart/examples/train --kills=20
+  python benchmarks/interrupted_training.py --data=runs/quickstart/examples/train --kills=20 \
+      --gin_file=gin/models/retro_smoke.gin \
+      --gin.RetroConfig.chunk_length=32 --gin.RetroConfig.vocab_size=2048
 
 Trains a small RETRO undisturbed; then once more with SIGKILL at random moments, every other
 one as soon as a checkpoint is being written, started again each time. Then SIGTERM: how long
 the run takes to save and which code it leaves with; and a run that is stopped half-way and
 goes on with another number of processes: the batches it sees. Exit code 1 when anything
-differs. Further settings go to the trainer.
+differs. Further settings go to the trainer; without any, retro_smoke as it is, for chunks of 8.
 """
 
 import argparse
