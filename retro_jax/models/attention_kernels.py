@@ -376,10 +376,6 @@ def _flash_relative(q: Array, k: Array, v: Array, segments: Array, by_distance: 
   from retro_jax.models import flash_relative
   n, interpret = q.shape[1], platform() == 'cpu'
   rows = min(block or flash_relative.ROWS, n)
-  if n % rows:
-    raise UserError(f"attention_kernel = 'flash_relative' takes sequences of a multiple of {rows} "
-                    f'tokens, got {n}; set RetroConfig.attention_block to a divisor (on TPUs a '
-                    "multiple of 128), or RetroConfig.attention_kernel = 'blocked'")
   if device_kind() in flash_relative.UNABLE:
     raise UserError(f"attention_kernel = 'flash_relative' needs TPU v5 or newer, got "
                     f"{device_kind()}; set RetroConfig.attention_kernel = 'blocked'")

@@ -22,12 +22,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from retro_jax.errors import UserError
+from retro_jax.models.attention_kernels import MASKED_LOGIT
+
 Array = jax.Array
 ROWS = 128
 # Their lanes cannot roll by a distance that grows from row to row.
 UNABLE = ('TPU v2', 'TPU v3', 'TPU v4', 'TPU v4 lite')
-# Far below any real logit, yet finite.
-_MASKED = -1e30
 # Blocks meet the first 1/4, 2/4, 3/4 or 4/4 of the keys: the causal half but for 1/8 of the square.
 _WIDTHS = 4
 # Products of a tile: q k, position p, weights v; and again the first two, dO v, three with the
@@ -50,6 +51,9 @@ def attend(q: Array, position: Array, k: Array, v: Array, p: Array, segments: Ar
 
   Returns:
     [b, h, n, c], dtype of v.
+
+  Raises:
+    UserError: rows do not divide n.
   """
   return _forward(q, position, k, v, p, segments, rows, interpret)[0]
 
@@ -57,8 +61,8 @@ def attend(q: Array, position: Array, k: Array, v: Array, p: Array, segments: Ar
 def _forward(q: Array, position: Array, k: Array, v: Array, p: Array, segments: Array, rows: int,
              interpret: bool):
   inputs = (q, position, k, v, _padded(p, rows), segments[:, :, None], segments[:, None])
-  mixed = _call(_forward_kernel, inputs, [(q.shape, v.dtype)], [], rows, interpret,
-                _FORWARD_PRODUCTS)[0]
+  outputs = [jax.ShapeDtypeStruct(q.shape, v.dtype)]
+  mixed = _call(_forward_kernel, inputs, outputs, [], rows, interpret, _FORWARD_PRODUCTS)[0]
   return mixed, (q, position, k, v, p, segments)
 
 
@@ -66,7 +70,8 @@ def _backward(rows: int, interpret: bool, kept, gradient: Array):
   q, position, k, v, p, segments = kept
   padded = _padded(p, rows)
   inputs = (q, position, k, v, padded, segments[:, :, None], segments[:, None], gradient)
-  outputs = [(x.shape, x.dtype) for x in (q, position, k, v)] + [(padded.shape, jnp.float32)]
+  outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, position, k, v)]
+  outputs.append(jax.ShapeDtypeStruct(padded.shape, jnp.float32))
   n, width = q.shape[2:]
   scratch = [pltpu.VMEM((n, width), jnp.float32)] * 2
   *of_inputs, of_p = _call(_backward_kernel, inputs, outputs, scratch, rows, interpret,
@@ -87,39 +92,44 @@ def _padded(p: Array, rows: int) -> Array:
   return jnp.pad(p, ((0, 0), (0, _step(p.shape[1], rows) - rows), (0, 0)))
 
 
-def _call(kernel: Callable[..., None], inputs: tuple[Array, ...], outputs: list, scratch: list,
-          rows: int, interpret: bool, products: float) -> list[Array]:
-  """`kernel` for every head and, inside of it, every sequence.
-
-  Inputs and outputs with four axes are of a sequence and a head, those with three and heads in
-  front, the distances, of a head: their gradient is summed over the sequences.
-  """
+def _call(kernel: Callable[..., None], inputs: tuple[Array, ...],
+          outputs: list[jax.ShapeDtypeStruct], scratch: list, rows: int, interpret: bool,
+          products: float) -> list[Array]:
+  """`kernel` for every head and, inside of it, every sequence."""
   batch, heads, n, width = inputs[0].shape
   if n % rows:
-    raise ValueError(f'attention in blocks of {rows} rows does not divide a sequence of {n} tokens')
-  whole = lambda shape: tuple(shape[-2:])
-  both = lambda shape: pl.BlockSpec((None, None, *whole(shape)), lambda h, b: (b, h, 0, 0))
-  by_head = lambda shape: pl.BlockSpec((None, *whole(shape)), lambda h, b: (h, 0, 0))
-  by_example = lambda shape: pl.BlockSpec((None, *whole(shape)), lambda h, b: (b, 0, 0))
-  spec = lambda shape: both(shape) if len(shape) == 4 else by_head(shape)
-  specs = [spec(x.shape) if x.dtype != jnp.int32 else by_example(x.shape) for x in inputs]
+    raise UserError(f"attention_kernel = 'flash_relative' takes sequences of a multiple of {rows} "
+                    f'tokens, got {n}; set RetroConfig.attention_block to a divisor (on TPUs a '
+                    "multiple of 128), or RetroConfig.attention_kernel = 'blocked'")
   ends = _ends(n, rows)
   pairs = sum(end * (end - before) for before, end in zip([0, *ends], ends))
-  size = lambda shape, dtype: math.prod(shape) * jnp.dtype(dtype).itemsize
   return pl.pallas_call(
-      functools.partial(kernel, rows=rows), grid=(heads, batch), in_specs=specs,
-      out_specs=[spec(shape) for shape, _ in outputs],
-      out_shape=[jax.ShapeDtypeStruct(*output) for output in outputs], scratch_shapes=scratch,
+      functools.partial(kernel, rows=rows), grid=(heads, batch), in_specs=list(map(_spec, inputs)),
+      out_specs=list(map(_spec, outputs)), out_shape=outputs, scratch_shapes=scratch,
       interpret=interpret, name=f'flash_relative{kernel.__name__.removesuffix("_kernel")}',
       cost_estimate=pl.CostEstimate(
           flops=int(products * 2 * batch * heads * pairs * width),
           transcendentals=batch * heads * pairs,
-          bytes_accessed=(sum(size(x.shape, x.dtype) for x in inputs)
-                          + sum(size(*output) for output in outputs))),
+          bytes_accessed=sum(math.prod(x.shape) * x.dtype.itemsize for x in (*inputs, *outputs))),
       compiler_params=pltpu.CompilerParams(
           dimension_semantics=('parallel', 'arbitrary'),
-          vmem_limit_bytes=_vmem(n, width, rows, jnp.dtype(inputs[0].dtype).itemsize)),
+          vmem_limit_bytes=_vmem(n, width, rows, inputs[0].dtype.itemsize)),
   )(*inputs)
+
+
+def _spec(x: Array | jax.ShapeDtypeStruct) -> pl.BlockSpec:
+  """What the kernel sees of x: the last two axes, of one sequence and head.
+
+  Segments are of a sequence, distances of a head alone: their gradient is summed over sequences.
+  """
+  lead = len(x.shape) - 2
+  if lead == 2:
+    place = lambda h, b: (b, h, 0, 0)
+  elif x.dtype == jnp.int32:
+    place = lambda h, b: (b, 0, 0)
+  else:
+    place = lambda h, b: (h, 0, 0)
+  return pl.BlockSpec((*[None] * lead, *x.shape[lead:]), place)
 
 
 def _vmem(n: int, width: int, rows: int, itemsize: int) -> int:
@@ -167,7 +177,7 @@ def _tile(q_ref, position_ref, k_ref, p_ref, row_segments, column_segments, firs
   place = lambda axis: jax.lax.broadcasted_iota(jnp.int32, (rows, end), axis)
   readable = ((place(1) <= place(0) + first)
               & (row_segments[at] == column_segments[:, :end]))
-  logits = jnp.where(readable, logits, _MASKED)
+  logits = jnp.where(readable, logits, MASKED_LOGIT)
   weights = jnp.exp(logits - logits.max(axis=1, keepdims=True))
   return weights, weights.sum(axis=1, keepdims=True), at, near
 
