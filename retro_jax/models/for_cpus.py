@@ -48,6 +48,15 @@ def total(x: Array) -> Array:
   return row_sum(_first_axis(x.reshape(-1, x.shape[-1])))[0]
 
 
+def total_change(change: Array, before: Array, after: Array) -> Array:
+  """Sum of all of `change`, which took `before` to `after`: [...] -> [].
+
+  On CPUs the difference of two sums over what is in memory: XLA would write the change down, to
+  sum it. A number that is none shows in it, too; of the sum's digits fewer are right.
+  """
+  return total(after) - total(before) if on_one_cpu() else total(change)
+
+
 def widened(x: Array, width: int) -> Array:
   """[..., 1] -> [..., width], all alike; the gradient is a `row_sum`."""
   shape = (*x.shape[:-1], width)

@@ -110,8 +110,11 @@ def make_train_step(
       updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
           gradient, state.optimizer, learning, value=loss)
       parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
-      squares = _by_name(gradients.squares, gradient, sorted(parameters))
-      sums = [_by_name(for_cpus.total, tree, sorted(parameters)) for tree in (updates, parameters)]
+      by_name = lambda known, summed: _by_name(sorted(parameters), known, summed)
+      squares = by_name(learning, lambda name: gradients.squares(gradient[name]))
+      changes = by_name(learning, lambda name: for_cpus.total_change(
+          updates[name], learning[name], parameters[name]))
+      values = by_name(parameters, lambda name: for_cpus.total(parameters[name]))
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
     metrics = {
         'loss': loss,
@@ -120,7 +123,7 @@ def make_train_step(
         'learning_rate': jnp.asarray(learning_rate(state.step), jnp.float32),
         'tokens': targets,
         'batch_hash': _hash(batch),
-        'sums': jnp.stack([squares, *sums]),
+        'sums': jnp.stack([squares, changes, values]),
     }
     if isinstance(optimizer_state, SpikeState):
       metrics['skipped_steps'] = optimizer_state.skipped.astype(jnp.float32)
@@ -148,11 +151,11 @@ def _hash(batch: Batch) -> jax.Array:
   return total
 
 
-def _by_name(summed: Callable[[jax.Array], jax.Array], tree: retro.Parameters,
-             names: Sequence[str]) -> jax.Array:
-  """A scalar of every array, by name; 0 for what the tree lacks."""
+def _by_name(names: Sequence[str], known: Collection[str], summed: Callable[[str], jax.Array]
+             ) -> jax.Array:
+  """A scalar for every name, `summed` of it; 0 for what is not known."""
   zero = jnp.zeros((), jnp.float32)
-  return jnp.stack([summed(tree[name]) if name in tree else zero for name in names])
+  return jnp.stack([summed(name) if name in known else zero for name in names])
 
 
 def _microbatches(batch: Batch, count: int, mesh: Mesh) -> dict[str, jax.Array]:

@@ -68,12 +68,19 @@ def test_total(shape):
                              atol=1e-3)
 
 
+def test_total_change():
+  before, change = random(0, (64, 100)), random(1, (64, 100))
+  summed = jax.jit(for_cpus.total_change)(change, before, before + change)
+  np.testing.assert_allclose(summed, change.astype(np.float64).sum(), rtol=1e-4, atol=1e-2)
+
+
 @pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('place', [0, 70, 199])
 def test_a_number_that_is_none_shows(bad, place):
   x = random(0, (4, 200))
   x[2, place] = bad
   assert not np.isfinite(jax.jit(for_cpus.total)(x))
+  assert not np.isfinite(jax.jit(for_cpus.total_change)(x, np.ones_like(x), 1 + x))
   assert not np.isfinite(jax.jit(for_cpus.row_sum)(x)[2, 0])
   np.testing.assert_array_equal(jax.jit(for_cpus.row_max)(x)[2, 0], x[2].max())
 
@@ -93,6 +100,7 @@ def test_elsewhere_they_are_the_plain_functions(monkeypatch):
       (lambda x: for_cpus.row_sum(x), {'reduce_sum', 'broadcast_in_dim'}),
       (lambda x: for_cpus.row_max(x), {'stop_gradient', 'reduce_max', 'broadcast_in_dim'}),
       (lambda x: for_cpus.total(x), {'reduce_sum'}), (lambda x: for_cpus.stored(x), set()),
+      (lambda x: for_cpus.total_change(x, x, x), {'reduce_sum'}),
       (lambda x: for_cpus.widened(x[:, :1], 9), {'slice', 'broadcast_in_dim'}),
       (lambda x: for_cpus.repeated(x, (2, 3)), {'broadcast_in_dim'}),
       (lambda x: for_cpus.product(x, x.T), {'transpose', 'dot_general'})]:

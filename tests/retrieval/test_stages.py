@@ -64,12 +64,18 @@ def test_two_processes_share_the_work(tmp_path):
 @pytest.mark.parametrize('runner', [stages.LocalRunner(0), stages.LocalRunner(2), BEAM], ids=str)
 def test_a_failure_is_one_line_and_finished_tasks_stay(tmp_path, runner):
   bad = stages.Task(str(tmp_path / 'bad'), 'squares', {}, refuse)
-  with pytest.raises(UserError, match='^records.jsonl:7: no text; correct the line') as error:
+  with stages.building_in(tmp_path, runner), pytest.raises(
+      UserError, match='^records.jsonl:7: no text; correct the line') as error:
     runner.run('squares', [*tasks(tmp_path, 2), bad])
   assert '\n' not in str(error.value)
-  left = {p.name for p in tmp_path.iterdir()}
-  assert 'bad' not in left and not any(name.startswith('.') for name in left)
-  assert runner.run('squares', tasks(tmp_path, 2)) == 2 - len(left)
+  # Beam may leave its other worker in the middle of a task; the next builder tidies up.
+  assert runner is BEAM or not any(p.name.startswith('.') for p in tmp_path.iterdir())
+  with stages.building_in(tmp_path, runner):
+    left = {p.name for p in tmp_path.iterdir()} - {storage.LOCK}
+    assert left <= {'task-0', 'task-1'}
+    assert runner.run('squares', tasks(tmp_path, 2)) == 2 - len(left) or runner is BEAM
+  assert {p.name for p in tmp_path.iterdir()} == {'task-0', 'task-1'}
+  assert not stages.pending(tasks(tmp_path, 2))
 
 
 def test_a_worker_that_dies_is_named(tmp_path):
