@@ -73,7 +73,8 @@ def test_a_failure_is_one_line_and_finished_tasks_stay(tmp_path, runner):
   with stages.building_in(tmp_path, runner):
     left = {p.name for p in tmp_path.iterdir()} - {storage.LOCK}
     assert left <= {'task-0', 'task-1'}
-    assert runner.run('squares', tasks(tmp_path, 2)) == 2 - len(left) or runner is BEAM
+    ran, missing = runner.run('squares', tasks(tmp_path, 2)), 2 - len(left)
+    assert ran == missing or (runner is BEAM and ran < missing)  # that worker may have ended one
   assert {p.name for p in tmp_path.iterdir()} == {'task-0', 'task-1'}
   assert not stages.pending(tasks(tmp_path, 2))
 
