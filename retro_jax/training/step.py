@@ -110,11 +110,11 @@ def make_train_step(
       updates, optimizer_state = optax.with_extra_args_support(optimizer).update(
           gradient, state.optimizer, learning, value=loss)
       parameters = {**state.parameters, **optax.apply_updates(learning, updates)}
-      by_name = lambda known, summed: _by_name(sorted(parameters), known, summed)
-      squares = by_name(learning, lambda name: gradients.squares(gradient[name]))
-      changes = by_name(learning, lambda name: for_cpus.total_change(
+      order = sorted(parameters)
+      squares = _by_name(order, learning, lambda name: gradients.squares(gradient[name]))
+      changes = _by_name(order, learning, lambda name: for_cpus.total_change(
           updates[name], learning[name], parameters[name]))
-      values = by_name(parameters, lambda name: for_cpus.total(parameters[name]))
+      values = _by_name(order, parameters, lambda name: for_cpus.total(parameters[name]))
     text_bytes = jnp.maximum(batch['text_bytes'].sum(), 1)
     metrics = {
         'loss': loss,
